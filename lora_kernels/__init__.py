@@ -1,0 +1,64 @@
+"""Fast kernels for LoRA-family adapters: one adapter or hundreds in one batch, forward and backward.
+
+    import lora_kernels as lk
+
+    lk.patch(peft_model)                                   # the same PEFT model, faster
+    lk.bgmv(y, x, A, B, adapter_ids)                       # many adapters over the rows of one batch, in place
+    lk.multi_lora(x, A, B, adapter_ids)                    # the same, differentiable
+    lk.lora_linear(x, weight, A, B, scaling=2.0)           # a frozen linear layer with one adapter
+
+Names are imported when first used; importing the package has no side effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+_HOME = {
+    "ops.low_rank": (
+        "bgmv", "sgmv", "bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand", "multi_lora", "lora_linear",
+    ),
+    "ops._dispatch": ("backend",),
+    "plan": ("BatchPlan",),
+    "integrations.peft": ("patch",),
+    "info": ("info",),
+}  # fmt: skip
+_MODULES = ("nn", "reference", "testing", "demo")
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", "nn", *_WHERE]
+
+if TYPE_CHECKING:
+    from . import nn
+    from .info import info
+    from .integrations.peft import patch
+    from .ops._dispatch import backend
+    from .ops.low_rank import (
+        bgmv,
+        bgmv_expand,
+        bgmv_shrink,
+        lora_linear,
+        multi_lora,
+        sgmv,
+        sgmv_expand,
+        sgmv_shrink,
+    )
+    from .plan import BatchPlan
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

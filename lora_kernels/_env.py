@@ -1,0 +1,26 @@
+"""Every environment variable the package reads, in one place (the README has the same table)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """``LORA_KERNELS_BACKEND``: force one backend for every op (``reference``, ``cpu``, ``triton``, ``cuda``, ``sim``)."""
+    return os.environ.get("LORA_KERNELS_BACKEND") or None
+
+
+def isa() -> str | None:
+    """``LORA_KERNELS_ISA``: the best CPU instruction set to use (``amx``, ``avx512``, ``avx2``, ``portable``)."""
+    return os.environ.get("LORA_KERNELS_ISA") or None
+
+
+def check() -> bool:
+    """``LORA_KERNELS_CHECK=1``: also check what costs a device synchronisation, such as ids on a GPU."""
+    return os.environ.get("LORA_KERNELS_CHECK", "0") not in ("", "0")
+
+
+def cache_dir() -> Path:
+    """``LORA_KERNELS_CACHE``: where the demo keeps the adapters it trained (``~/.cache/lora_kernels``)."""
+    return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")

@@ -1,0 +1,99 @@
+"""Registration of the ops with ``torch.library`` and the way a call takes to its backend.
+
+The schema of an op is read off its reference function. The compiled extension registers its kernels under the
+dispatcher's CPU key; the reference serves every device for which nothing faster is registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, infer_schema, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import _env
+from ..select import BACKENDS, choose
+
+NAMESPACE = "lora_kernels"
+logger = logging.getLogger(NAMESPACE)
+_library = Library(NAMESPACE, "FRAGMENT")
+
+
+def _load_extension() -> str | None:
+    """Load the compiled kernels; returns why there are none."""
+    try:
+        importlib.import_module(f"{NAMESPACE}._C")
+    except ImportError as error:
+        return str(error)
+    if (isa := _env.isa()) is not None:
+        torch.ops.lora_kernels_C.set_isa(isa)
+    return None
+
+
+#: Why the compiled CPU kernels are missing, or None where they are loaded.
+extension_error: str | None = _load_extension()
+_forced: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=_env.backend())
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every op inside the ``with``.
+
+    Args:
+        name: ``reference``, ``cpu``, ``triton``, ``cuda`` or ``sim``.
+
+    Raises:
+        ValueError: no backend has that name. A call that the forced backend can't take raises ``RuntimeError``.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> str | None:
+    """The backend that :func:`backend` or ``LORA_KERNELS_BACKEND`` forces now."""
+    return _forced.get()
+
+
+class Op:
+    """One registered op: calling it runs the backend chosen for its first tensor's device."""
+
+    registry: dict[str, Op] = {}
+
+    def __init__(self, reference: Callable, *, mutates: tuple[str, ...] = (), fake: Callable, flops: Callable | None = None):
+        self.name = reference.__name__
+        self.reference = reference
+        schema = infer_schema(reference, mutates_args=mutates)
+        _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
+        Op.registry[self.name] = self
+
+    def backends(self) -> frozenset[str]:
+        """The backends that have a kernel for this op here."""
+        compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
+        return frozenset({"reference", "cpu"} if compiled else {"reference"})
+
+    def __call__(self, *args: Any) -> Any:
+        forced = _forced.get()
+        if forced is None:
+            return self.overload(*args)
+        device = next(a for a in args if isinstance(a, Tensor)).device.type
+        choice = choose(device, self.backends(), forced)
+        if choice.backend is None:
+            raise RuntimeError(f"{self.name}: {choice.reason}")
+        return self.reference(*args) if choice.backend == "reference" else self.overload(*args)

@@ -1,0 +1,557 @@
+"""``low_rank``: y += s (x Aᵀ) Bᵀ for one LoRA adapter or many in one batch, forward and backward.
+
+Shapes: M rows, K in, N out, R padded rank, L adapters, S slices, k adapters a row.
+
+    x          [..., K]   fp32, bf16 or fp16; its rows are those of x.reshape(-1, K)
+    y          [..., ΣN]  x's dtype or fp32
+    A          [L, R, K]  x's dtype or fp32 (masters), any strides; a tuple of S of them where slices share x
+                          (fused q/k/v, gate/up); or a list of L matrices [r_l, K], each with a rank of its own
+    B          [L, N, R]  A's dtype; a tuple [L, N_s, R]; a list [N, r_l]
+    adapter_ids  int32 or int64 [M], -1 = no adapter; [M, k] with weights [M, k] fp32 for a mixture; or a BatchPlan
+    scaling    s: a float, or fp32 [L] or [S, L]; default 1
+    ranks      int32 [L] or [S, L]: the live rank; factors past it are not read; 0 = no adapter in that slice
+
+Sums are held in fp32, x Aᵀ stays in fp32, y is rounded once, and a row's result does not depend on the other rows.
+Source: Hu et al., LoRA (arXiv 2106.09685); Chen et al., Punica (arXiv 2310.18547) for BGMV and SGMV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from ..plan import BatchPlan
+from ..reference import low_rank as reference
+from . import _check
+from ._dispatch import Op, extension_error, forced_backend
+
+Factors = Tensor | Sequence[Tensor]
+
+
+def _out_features(B: Sequence[Tensor]) -> int:
+    return sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
+
+
+def _flops(x_rows: int, in_features: int, out_features: int, rank: int) -> int:
+    return 2 * x_rows * rank * (in_features + out_features)
+
+
+def _fake_shrink(x, A, ids, indptr, plan, ranks, pairs):
+    return x.new_empty(
+        reference.num_slices(A), pairs, reference.padded_rank(A), dtype=reference.accumulate_dtype(x.dtype)
+    )
+
+
+def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, pairs):
+    dtype = reference.accumulate_dtype(torch.promote_types(u.dtype, w.dtype))
+    return u.new_empty(num_adapters, u.shape[-1], w.shape[-1], dtype=dtype)
+
+
+lora_add_ = Op(
+    reference.lora_add_,
+    mutates=("y",),
+    fake=lambda y, x, A, B, *rest: None,
+    flops=lambda y, x, A, B, *rest, out_val=None, **kwargs: _flops(
+        x.numel() // max(x.shape[-1], 1),
+        x.shape[-1] * reference.num_slices(A),
+        _out_features(B),
+        reference.padded_rank(A),
+    ),
+)
+lora_shrink = Op(
+    reference.lora_shrink,
+    fake=_fake_shrink,
+    flops=lambda x, A, *rest, out_val=None, **kwargs: _flops(
+        out_val.shape[1], x.shape[-1] * out_val.shape[0], 0, out_val.shape[2]
+    ),
+)
+lora_expand_ = Op(
+    reference.lora_expand_,
+    mutates=("y",),
+    fake=lambda y, v, B, *rest: None,
+    flops=lambda y, v, B, *rest, out_val=None, **kwargs: _flops(v.shape[1], 0, _out_features(B), v.shape[2]),
+)
+lora_outer = Op(
+    reference.lora_outer,
+    fake=_fake_outer,
+    flops=lambda u, w, *rest, out_val=None, **kwargs: 2 * rest[-1] * u.shape[-1] * w.shape[-1],
+)
+
+
+def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
+    """Run ``op``; bad arguments raise what ``check`` says of them.
+
+    The compiled kernels check everything they read before they write, so there ``check`` only words their refusal.
+    """
+    compiled = extension_error is None and forced_backend() is None and not torch.compiler.is_compiling()
+    if not (compiled and isinstance(first, Tensor) and first.is_cpu):
+        check(*args)
+        return op(*args)
+    try:
+        return op.overload(*args)
+    except RuntimeError:
+        check(*args)
+        raise
+
+
+def _factors(value: Factors) -> Sequence[Tensor]:
+    return (value,) if isinstance(value, Tensor) else value
+
+
+def _routing(adapter_ids: Tensor | BatchPlan | None) -> tuple[Tensor | None, Tensor | None]:
+    """(ids, plan table) of either form."""
+    if isinstance(adapter_ids, BatchPlan):
+        return None, adapter_ids.table
+    return adapter_ids, None
+
+
+def _segments(seg_indptr: Any, adapter_ids: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(ids, seg_indptr, plan table) of either form."""
+    if isinstance(seg_indptr, BatchPlan):
+        if adapter_ids is not None:
+            raise ValueError("a BatchPlan holds the adapter ids; pass no adapter_ids beside it")
+        return None, None, seg_indptr.table
+    _check.tensor("seg_indptr", seg_indptr)
+    _check.tensor("adapter_ids", adapter_ids)
+    return adapter_ids, seg_indptr, None
+
+
+def _scaling(scaling: Any) -> tuple[float, Tensor | None]:
+    if scaling is None:
+        return 1.0, None
+    if isinstance(scaling, Tensor):
+        return 1.0, scaling
+    if isinstance(scaling, (int, float)):
+        return float(scaling), None
+    raise TypeError(f"scaling must be a float or a float32 tensor [L] or [S, L], got {type(scaling).__name__}")
+
+
+def _refuse_grad(name: str, instead: str, *tensors: Any) -> None:
+    """In-place functions are not differentiable."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            for one in (t,) if isinstance(t, Tensor) else t or ():
+                if isinstance(one, Tensor) and one.requires_grad:
+                    _raise_grad(name, instead)
+
+
+def _raise_grad(name: str, instead: str) -> NoReturn:
+    raise RuntimeError(
+        f"{name} works in place and is not differentiable, but one of its tensors requires grad: "
+        f"use lora_kernels.{instead}, or call it under torch.no_grad()"
+    )
+
+
+def _written(y: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        increment_version(y)
+    return y
+
+
+def bgmv(
+    y: Tensor,
+    x: Tensor,
+    A: Factors,
+    B: Factors,
+    adapter_ids: Tensor | BatchPlan,
+    *,
+    scaling: float | Tensor | None = None,
+    ranks: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """y[m] += s · (x[m] Aᵀ) Bᵀ with the factors of adapter_ids[m], in place (BGMV).
+
+    With ``adapter_ids [M, k]`` and ``weights [M, k]`` row m gets Σⱼ weights[m, j] times the term of adapter_ids[m, j].
+
+    Args:
+        y: [..., ΣN] x's dtype or fp32, written in place.
+        x, A, B, adapter_ids, scaling, ranks, weights: see the module.
+
+    Returns:
+        y.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device; y is untouched.
+        IndexError: an id below -1 or not below L (on a GPU such a row gets no adapter).
+        RuntimeError: grad mode is on and a tensor requires grad; use :func:`multi_lora`.
+    """
+    A, B = _factors(A), _factors(B)
+    ids, plan = _routing(adapter_ids)
+    scale, scaling = _scaling(scaling)
+    if ids is None and plan is None:
+        _check.tensor("adapter_ids", adapter_ids)
+    _refuse_grad("bgmv", "multi_lora", y, x, A, B, weights)
+    _call(lora_add_, _check.add, y, (y, x, A, B, ids, None, plan, scaling, ranks, weights, scale))
+    return _written(y)
+
+
+def sgmv(
+    y: Tensor,
+    x: Tensor,
+    A: Factors,
+    B: Factors,
+    seg_indptr: Tensor | BatchPlan,
+    adapter_ids: Tensor | None = None,
+    *,
+    scaling: float | Tensor | None = None,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """y[m] += s · (x[m] Aᵀ) Bᵀ for the rows m of each segment, in place (SGMV).
+
+    Rows ``seg_indptr[i]`` to ``seg_indptr[i + 1]`` use ``adapter_ids[i]``; rows past the last segment get no adapter.
+
+    Args:
+        seg_indptr: int32 or int64 [n_seg + 1], from 0, never falling; or a BatchPlan, and no ``adapter_ids``.
+        adapter_ids: [n_seg], seg_indptr's dtype.
+        y, x, A, B, scaling, ranks: see the module.
+
+    Returns:
+        y.
+
+    Raises:
+        As :func:`bgmv`.
+    """
+    A, B = _factors(A), _factors(B)
+    ids, indptr, plan = _segments(seg_indptr, adapter_ids)
+    scale, scaling = _scaling(scaling)
+    _refuse_grad("sgmv", "multi_lora", y, x, A, B)
+    _call(lora_add_, _check.add, y, (y, x, A, B, ids, indptr, plan, scaling, ranks, None, scale))
+    return _written(y)
+
+
+def bgmv_shrink(x: Tensor, A: Factors, adapter_ids: Tensor | BatchPlan, *, ranks: Tensor | None = None) -> Tensor:
+    """v[s, m] = x[m] Aᵀ with slice s of adapter_ids[m].
+
+    Returns:
+        fp32 [S, M, R], unscaled, zero where the id is -1 and past the live rank.
+
+    Raises:
+        As :func:`bgmv`.
+    """
+    A = _factors(A)
+    ids, plan = _routing(adapter_ids)
+    if ids is None and plan is None:
+        _check.tensor("adapter_ids", adapter_ids)
+    _refuse_grad("bgmv_shrink", "multi_lora", x, A)
+    return _shrink(x, A, ids, None, plan, ranks)
+
+
+def sgmv_shrink(
+    x: Tensor,
+    A: Factors,
+    seg_indptr: Tensor | BatchPlan,
+    adapter_ids: Tensor | None = None,
+    *,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """:func:`bgmv_shrink` by segments, as :func:`sgmv` takes them."""
+    A = _factors(A)
+    ids, indptr, plan = _segments(seg_indptr, adapter_ids)
+    _refuse_grad("sgmv_shrink", "multi_lora", x, A)
+    return _shrink(x, A, ids, indptr, plan, ranks)
+
+
+def _shrink(x, A, ids, indptr, plan, ranks, pairs=None) -> Tensor:
+    _check.tensor("x", x)
+    if pairs is None:
+        pairs = x.shape[:-1].numel()
+    return _call(lora_shrink, _check.shrink, x, (x, A, ids, indptr, plan, ranks, pairs))
+
+
+def bgmv_expand(
+    y: Tensor,
+    v: Tensor,
+    B: Factors,
+    adapter_ids: Tensor | BatchPlan,
+    *,
+    scaling: float | Tensor | None = None,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """y[m] += s · v[s, m] Bᵀ with slice s of adapter_ids[m], in place.
+
+    Args:
+        y: [..., ΣN] fp32, bf16 or fp16.
+        v: fp32 [S, M, R], as :func:`bgmv_shrink` gives.
+        B, adapter_ids, scaling, ranks: see the module.
+
+    Returns:
+        y.
+
+    Raises:
+        As :func:`bgmv`.
+    """
+    B = _factors(B)
+    ids, plan = _routing(adapter_ids)
+    if ids is None and plan is None:
+        _check.tensor("adapter_ids", adapter_ids)
+    _refuse_grad("bgmv_expand", "multi_lora", y, v, B)
+    scale, scaling = _scaling(scaling)
+    _call(lora_expand_, _check.expand, y, (y, v, B, ids, None, plan, scaling, ranks, None, scale))
+    return _written(y)
+
+
+def sgmv_expand(
+    y: Tensor,
+    v: Tensor,
+    B: Factors,
+    seg_indptr: Tensor | BatchPlan,
+    adapter_ids: Tensor | None = None,
+    *,
+    scaling: float | Tensor | None = None,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """:func:`bgmv_expand` by segments, as :func:`sgmv` takes them."""
+    B = _factors(B)
+    ids, indptr, plan = _segments(seg_indptr, adapter_ids)
+    _refuse_grad("sgmv_expand", "multi_lora", y, v, B)
+    scale, scaling = _scaling(scaling)
+    _call(lora_expand_, _check.expand, y, (y, v, B, ids, indptr, plan, scaling, ranks, None, scale))
+    return _written(y)
+
+
+def multi_lora(
+    x: Tensor,
+    A: Factors,
+    B: Factors,
+    adapter_ids: Tensor | BatchPlan,
+    *,
+    scaling: float | Tensor | None = None,
+    ranks: Tensor | None = None,
+    weights: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """(y or 0) + s · (x Aᵀ) Bᵀ row by row: :func:`bgmv` as a function, differentiable in x, A, B, y and weights.
+
+    Args:
+        y: [..., ΣN] to add to (x's dtype or fp32), unchanged; None = zeros in x's dtype.
+        x, A, B, adapter_ids, scaling, ranks, weights: see the module.
+
+    Returns:
+        [..., ΣN]. Gradients never build ΔW, come in their tensor's dtype and are bitwise the same twice; those of
+        factors past the live rank and of adapters without a row are zero.
+
+    Raises:
+        As :func:`bgmv`.
+    """
+    A, B = _factors(A), _factors(B)
+    ids, plan = _routing(adapter_ids)
+    if ids is None and plan is None:
+        _check.tensor("adapter_ids", adapter_ids)
+    scale, scaling = _scaling(scaling)
+    return _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale)
+
+
+def _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale) -> Tensor:
+    _check.tensor("x", x)
+    if y is None:
+        _check.factors("B", B, x, "[L, N, R], or a tuple of those")
+        y = x.new_zeros(*x.shape[:-1], _out_features(B))
+    elif not _needs_grad(y, x, weights, *A, *B):
+        y = y.clone()
+    args = (ids, None, plan, scaling, ranks, weights, scale)
+    if _needs_grad(y, x, weights, *A, *B):
+        return _MultiLora.apply(y, x, weights, args, len(A), *A, *B)
+    _call(lora_add_, _check.add, y, (y, x, A, B, *args))
+    return y
+
+
+def _needs_grad(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+class _MultiLora(torch.autograd.Function):
+    """y + s (x Aᵀ) Bᵀ; keeps x itself and the small v = x Aᵀ."""
+
+    @staticmethod
+    def forward(ctx, y, x, weights, args, count, *factors):
+        A, B = factors[:count], factors[count:]
+        ids, indptr, plan, scaling, ranks, _, scale = args
+        _check.add(y, x, A, B, *args)
+        pairs = x.shape[:-1].numel() * (1 if weights is None else weights.shape[1])
+        v = lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
+        out = y.clone()
+        lora_expand_(out, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
+        ctx.save_for_backward(x, weights, v, ids, plan, scaling, ranks, *factors)
+        ctx.count, ctx.scale = count, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weights, v, ids, plan, scaling, ranks, *factors = ctx.saved_tensors
+        A, B = factors[: ctx.count], factors[ctx.count :]
+        need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
+        route = (ids, None, plan)
+        gradients = lora_backward(
+            dy, x, A, B, v, route, scaling, ranks, weights, ctx.scale, need_x, need_w, need[: ctx.count], need[ctx.count :]
+        )
+        return dy if need_y else None, gradients[0], gradients[1], None, None, *gradients[2], *gradients[3]
+
+
+def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B, dx=None):
+    """(dx, dweights, dA, dB) of y += s · w · (x Aᵀ) Bᵀ, None where not needed.
+
+    dv = dy B; dx = s w dv A (added to ``dx`` where one is given), dA = s w dvᵀ x, dB = s w dyᵀ v, dw = s dv·v.
+    """
+    stacked = A[0].dim() == 3
+    slices = [([a], [b]) for a, b in zip(A, B, strict=True)] if stacked else [(A, B)]
+    pairs, L = v.shape[1], reference.num_adapters(A)
+    row = lambda t, s: t if t is None or t.dim() == 1 else t[s]  # noqa: E731
+    need_factors = [any(need_A), any(need_B)]
+    total = x.new_zeros(x.shape, dtype=x.dtype if len(slices) == 1 else torch.float32) if need_x and dx is None else dx
+    dw = torch.zeros(pairs, dtype=v.dtype, device=v.device) if need_w else None
+    dA: list[Tensor | None] = [None] * len(A)
+    dB: list[Tensor | None] = [None] * len(B)
+    start = 0
+    for s, (a, b) in enumerate(slices):
+        width = b[0].shape[-2]
+        g = dy[..., start : start + width]
+        start += width
+        scaled, live = row(scaling, s), row(ranks, s)
+        if need_x or need_w or need_factors[0]:
+            dv = lora_shrink(g, [t.mT for t in b], *route, live, pairs)
+        if need_x:
+            lora_expand_(total, dv, [t.mT for t in a], *route, scaled, live, weights, scale)
+        if dw is not None:
+            dw += (dv[0] * v[s]).sum(-1) * scale * _pair_scaling(scaled, route, L, pairs, v)
+        if need_factors[0]:
+            _scatter(dA, s, a, stacked, lora_outer(dv[0], x, L, *route, scaled, weights, scale, pairs), False)
+        if need_factors[1]:
+            _scatter(dB, s, b, stacked, lora_outer(g, v[s], L, *route, scaled, weights, scale, pairs), True)
+    if need_x and dx is None:
+        total = total.to(x.dtype)
+    return (
+        total if need_x else None,
+        dw.view(weights.shape) if dw is not None else None,
+        [g if n else None for g, n in zip(dA, need_A, strict=True)],
+        [g if n else None for g, n in zip(dB, need_B, strict=True)],
+    )
+
+
+def _scatter(into: list, s: int, factor: Sequence[Tensor], stacked: bool, grad: Tensor, is_B: bool) -> None:
+    """Put the gradient [L, U, W] of one slice where its factors' are kept, in their dtype."""
+    if stacked:
+        into[s] = grad.to(factor[0].dtype)
+        return
+    for i, t in enumerate(factor):
+        into[i] = (grad[i, :, : t.shape[1]] if is_B else grad[i, : t.shape[0]]).to(t.dtype)
+
+
+def _pair_scaling(scaling: Tensor | None, route: tuple, L: int, pairs: int, v: Tensor) -> Tensor | float:
+    """s of each pair, [P]; any value where a pair has no adapter, since v is zero there."""
+    if scaling is None:
+        return 1.0
+    ids, _, plan = route
+    if ids is not None:
+        return scaling[ids.reshape(-1).clamp(0, L - 1).long()]
+    bounds, order = plan[1 : L + 2].long(), plan[L + 2 :].long()
+    position = torch.arange(order.shape[0], device=plan.device)
+    adapter = (torch.searchsorted(bounds, position, right=True) - 1).clamp(0, L - 1)
+    inside = position < bounds[-1]
+    out = v.new_zeros(pairs + 1)
+    return out.index_copy(0, torch.where(inside, order, pairs), scaling[adapter].to(v.dtype))[:pairs]
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    seed: int | None = None,
+    core: Tensor | None = None,
+    in_scale: Tensor | None = None,
+    delta_in_scale: Tensor | None = None,
+    delta_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    weight_norm_sq: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + s · (x Aᵀ) Bᵀ: a frozen linear layer with one LoRA adapter.
+
+    Differentiable in x, A, B and bias; the weight is taken as frozen.
+
+    Args:
+        x: [..., K] fp32, bf16 or fp16.
+        weight: [N, K] x's dtype, not requiring grad.
+        A, B: [R, K] and [N, R], x's dtype or fp32 (masters), any strides.
+        scaling: s, a float.
+        bias: [N] x's dtype.
+        dropout, training, seed: not supported yet; ``dropout`` with ``training`` raises.
+        core, in_scale, delta_in_scale, delta_scale, out_scale, magnitude, weight_norm_sq: not supported yet; each raises.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        NotImplementedError: one of the arguments not supported yet was given.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
+    """
+    later = dict(
+        core=core, in_scale=in_scale, delta_in_scale=delta_in_scale, delta_scale=delta_scale, out_scale=out_scale,
+        magnitude=magnitude, weight_norm_sq=weight_norm_sq, dropout=(dropout if dropout and training else None),
+    )  # fmt: skip
+    for name, value in later.items():
+        if value is not None:
+            raise NotImplementedError(f"lora_linear does not support {name} yet")
+    _check_linear(x, weight, A, B, bias)
+    scale, scaling = _scaling(scaling)
+    if scaling is not None:
+        raise TypeError("lora_linear takes one adapter: scaling must be a float")
+    if _needs_grad(x, A, B, bias):
+        return _LoRALinear.apply(x, weight, bias, scale, A, B)
+    y = torch.nn.functional.linear(x, weight, bias)
+    _call(lora_add_, _check.add, y, (y, x, (A,), (B,), None, None, None, None, None, None, scale))
+    return y
+
+
+def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
+    for name, value in (("x", x), ("weight", weight), ("A", A), ("B", B)):
+        _check.tensor(name, value)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight must be [N, {_check.shape(x)[1:-1].split(', ')[-1]}] for x, got {_check.shape(weight)}")
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight must be {x.dtype} as x, got {weight.dtype}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight requires grad, but lora_linear takes it as frozen: weight.requires_grad_(False)")
+    if A.dim() != 2 or B.dim() != 2:
+        raise ValueError(f"A must be [R, K] and B [N, R], got {_check.shape(A)} and {_check.shape(B)}")
+    if B.shape[0] != weight.shape[0]:
+        raise ValueError(f"B must be [{weight.shape[0]}, {A.shape[0]}] for the weight, got {_check.shape(B)}")
+    if bias is not None:
+        _check.tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [{weight.shape[0]}], got {_check.shape(bias)}")
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x Wᵀ + bias + s (x Aᵀ) Bᵀ with W frozen; keeps x itself and the small v = x Aᵀ."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, A, B):
+        y = torch.nn.functional.linear(x, weight, bias)
+        _check.add(y, x, (A,), (B,), None, None, None, None, None, None, scale)
+        v = lora_shrink(x, (A,), None, None, None, None, x.shape[:-1].numel())
+        lora_expand_(y, v, (B,), None, None, None, None, None, None, scale)
+        ctx.save_for_backward(x, weight, v, A, B)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, v, A, B = ctx.saved_tensors
+        need_x, _, need_bias, _, need_A, need_B = ctx.needs_input_grad
+        dx = torch.matmul(dy, weight) if need_x else None
+        dx, _, (dA,), (dB,) = lora_backward(
+            dy, x, [A], [B], v, (None, None, None), None, None, None, ctx.scale, need_x, False, [need_A], [need_B], dx
+        )
+        return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None, dA, dB
