@@ -400,7 +400,6 @@ def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x,
     stacked = A[0].dim() == 3
     slices = [([a], [b]) for a, b in zip(A, B, strict=True)] if stacked else [(A, B)]
     pairs, L = v.shape[1], reference.num_adapters(A)
-    row = lambda t, s: t if t is None or t.dim() == 1 else t[s]  # noqa: E731
     need_factors = [any(need_A), any(need_B)]
     total = x.new_zeros(x.shape, dtype=x.dtype if len(slices) == 1 else torch.float32) if need_x and dx is None else dx
     dw = torch.zeros(pairs, dtype=v.dtype, device=v.device) if need_w else None
@@ -411,7 +410,7 @@ def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x,
         width = b[0].shape[-2]
         g = dy[..., start : start + width]
         start += width
-        scaled, live = row(scaling, s), row(ranks, s)
+        scaled, live = _of_slice(scaling, s), _of_slice(ranks, s)
         if need_x or need_w or need_factors[0]:
             dv = lora_shrink(g, [t.mT for t in b], *route, live, pairs)
         if need_x:
@@ -430,6 +429,10 @@ def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x,
         [g if n else None for g, n in zip(dA, need_A, strict=True)],
         [g if n else None for g, n in zip(dB, need_B, strict=True)],
     )
+
+
+def _of_slice(values: Tensor | None, s: int) -> Tensor | None:
+    return values if values is None or values.dim() == 1 else values[s]
 
 
 def _scatter(into: list, s: int, factor: Sequence[Tensor], stacked: bool, grad: Tensor, is_B: bool) -> None:
