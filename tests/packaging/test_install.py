@@ -22,6 +22,7 @@ for name in ("_lazy_init", "current_device", "device_count", "get_device_capabil
 warnings.simplefilter("error")
 before = set(sys.modules)
 import lora_kernels
+lora_kernels.bgmv
 new = {{name.split(".")[0] for name in set(sys.modules) - before}}
 assert not new & set({OPTIONAL.split()}), new
 assert not logging.getLogger("lora_kernels").handlers + logging.getLogger().handlers
