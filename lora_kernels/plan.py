@@ -19,7 +19,7 @@ class BatchPlan:
     once a layer. The module ``lora_kernels.reference.low_rank`` describes the table.
 
     Attributes:
-        table: int32 ``[2 + L + capacity]``, the grouping itself.
+        table: int32 ``[3 + L + capacity]``, the grouping itself.
         num_adapters: L.
         num_pairs: pairs of a row and an adapter it holds now: M, or M * k for a mixture.
     """
@@ -42,7 +42,8 @@ class BatchPlan:
         for name, value in (("capacity", capacity), ("num_adapters", num_adapters)):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an int >= 0, got {value!r}")
-        table = torch.zeros(2 + num_adapters + capacity, dtype=torch.int32, device=device)
+        table = torch.zeros(3 + num_adapters + capacity, dtype=torch.int32, device=device)
+        table[1] = num_adapters
         return cls(table, capacity, num_adapters, 0)
 
     @classmethod

@@ -110,7 +110,9 @@ def routing(rows: int, L: int, adapter_ids: Any, indptr: Any, plan: Tensor | Non
     if plan is not None:
         same_device("plan", plan, x)
         if readable(plan):
-            pairs = int(plan[0])
+            pairs, of = plan[:2].tolist()
+            if of != L:
+                raise ValueError(f"the plan is of {of} adapters, A and B hold {L}")
             k = weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() == 2 else 1
             if pairs != rows * k:
                 raise ValueError(f"the plan is of {pairs} rows, x has {rows}" + (f" of {k} adapters each" if k > 1 else ""))

@@ -451,7 +451,7 @@ def _pair_scaling(scaling: Tensor | None, route: tuple, L: int, pairs: int, v: T
     ids, _, plan = route
     if ids is not None:
         return scaling[ids.reshape(-1).clamp(0, L - 1).long()]
-    bounds, order = plan[1 : L + 2].long(), plan[L + 2 :].long()
+    bounds, order = plan[2 : L + 3].long(), plan[L + 3 :].long()
     position = torch.arange(order.shape[0], device=plan.device)
     adapter = (torch.searchsorted(bounds, position, right=True) - 1).clamp(0, L - 1)
     inside = position < bounds[-1]

@@ -12,8 +12,8 @@ Factors come in one of two forms:
 Which adapter a row uses comes in one of four forms: ``ids [M]`` or ``[M, k]``; ``ids [n_seg]`` with ``indptr
 [n_seg + 1]``; a ``plan`` table (below); or nothing, and every row uses adapter 0. An id of -1 is no adapter.
 
-A plan table is int32 ``[1 + (L + 1) + capacity]``: the number of pairs, the offsets of the L adapters' runs, and the
-pairs sorted by adapter, those without an adapter left out.
+A plan table is int32 ``[2 + (L + 1) + capacity]``: P, L, the offsets of the L adapters' runs, and the pairs sorted by
+adapter, those without an adapter left out.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: 
     """Write the plan of ``ids`` (see the module) into ``table``; no synchronisation with the host."""
     flat = ids.reshape(-1)
     if indptr is not None:
-        capacity = table.numel() - num_adapters - 2
+        capacity = table.numel() - num_adapters - 3
         row = torch.arange(capacity, device=ids.device)
         segment = torch.searchsorted(indptr.long().contiguous(), row, right=True) - 1
         inside = (segment >= 0) & (segment < flat.numel())
@@ -65,8 +65,9 @@ def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: 
     key, order = torch.sort(torch.where(none, num_adapters, flat).long(), stable=True)
     bounds = torch.searchsorted(key, torch.arange(num_adapters + 1, device=ids.device))
     table[0] = pairs
-    table[1 : num_adapters + 2] = bounds
-    table[num_adapters + 2 : num_adapters + 2 + order.numel()] = order
+    table[1] = num_adapters
+    table[2 : num_adapters + 3] = bounds
+    table[num_adapters + 3 : num_adapters + 3 + order.numel()] = order
 
 
 def pairs_by_adapter(
@@ -79,10 +80,10 @@ def pairs_by_adapter(
         return
     if plan is None:
         capacity = num_pairs(rows, ids, indptr)
-        plan = torch.empty(num_adapters + 2 + capacity, dtype=torch.int32, device=device)
+        plan = torch.empty(num_adapters + 3 + capacity, dtype=torch.int32, device=device)
         lora_plan_(plan, ids, indptr, num_adapters)
-    bounds = plan[1 : num_adapters + 2].tolist()
-    order = plan[num_adapters + 2 :]
+    bounds = plan[2 : num_adapters + 3].tolist()
+    order = plan[num_adapters + 3 :]
     for adapter, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
         if stop > start:
             yield adapter, order[start:stop].long()
@@ -146,7 +147,7 @@ def lora_expand_(
     scale: float,
 ) -> None:
     """y += s · w · v Bᵀ, each slice into its own columns, the pairs of a row summed and rounded into y once."""
-    out = y.reshape(-1, y.shape[-1]).to(v.dtype)
+    out = y.reshape(-1, y.shape[-1]).to(v.dtype, copy=True)
     k = max(v.shape[1] // max(out.shape[0], 1), 1)
     for adapter, pair in pairs_by_adapter(out.shape[0], num_adapters(B), ids, indptr, plan, y.device):
         start = 0

@@ -1,0 +1,64 @@
+// What the `low_rank` kernels of an instruction set offer to the ops. Plain types only: see vec.h.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace lora_kernels {
+
+enum class DType { f32, bf16, f16 };
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Rows of a matrix with contiguous columns: row i is at data + (index ? index[i] / divisor : i) * stride elements.
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t stride;
+  const int32_t* index;
+  int divisor;
+
+  __attribute__((always_inline)) int64_t row(int64_t i) const { return index ? index[i] / divisor : i; }
+};
+
+// A factor as [rank, width]: element (r, k) is at data + r * rank_stride + k * stride elements; one stride is 1.
+struct Factor {
+  const void* data;
+  DType dtype;
+  int rank;
+  int64_t rank_stride;
+  int64_t stride;
+};
+
+// Sums over K are made of parts this long, each summed on its own and then added in order, so that the parts can go to
+// different threads without changing a bit.
+constexpr int64_t kPart = 1024;
+
+constexpr int kMaxRank = 512;
+
+// Bytes of scratch a kernel call may use.
+constexpr size_t kScratch = 1 << 20;
+
+// Kernels. m rows; x, y, v, u, w as the ops name them; scratch is 64-byte aligned and the thread's own.
+struct LowRankKernels {
+  const char* name;
+  // v[i, j] (+)= Σ x[i, k] A[j, k] over k in [begin, end), at most kPart of them; i < m, j < A.rank.
+  void (*shrink)(const Rows& x, int m, const Factor& A, int64_t begin, int64_t end, bool add, float* v, int64_t v_stride,
+                 void* scratch);
+  // y[i, n] += Σ v[i, j] B[j, n] over j < B.rank, for n in [begin, end), rounded once.
+  void (*expand)(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
+                 void* scratch);
+  // out[p, q] = Σ s[i] u[i, p] w[i, q] over i < m, for p in [0, P) and q in [begin, end).
+  void (*outer)(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, float* out,
+                int64_t out_stride, void* scratch);
+};
+
+// The kernels of the best instruction set this machine has, or of the one set_isa named.
+const LowRankKernels& low_rank_kernels();
+
+}  // namespace lora_kernels

@@ -1,0 +1,23 @@
+// `low_rank` with AVX2, FMA and F16C.
+#if defined(__x86_64__)
+#include <stdint.h>
+#include <string.h>
+
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define LK_ISA avx2
+#define LK_WIDTH 8
+#include "low_rank_kernels.h"
+
+namespace lora_kernels::avx2 {
+extern const LowRankKernels low_rank{"avx2", shrink_vectors, expand_vectors, outer_vectors};
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

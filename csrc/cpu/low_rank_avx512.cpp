@@ -1,0 +1,23 @@
+// `low_rank` with AVX-512 (F, BW, VL, DQ).
+#if defined(__x86_64__)
+#include <stdint.h>
+#include <string.h>
+
+#include <immintrin.h>
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")
+#endif
+
+#define LK_ISA avx512
+#define LK_WIDTH 16
+#include "low_rank_kernels.h"
+
+namespace lora_kernels::avx512 {
+extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, outer_vectors};
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
