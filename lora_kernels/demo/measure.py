@@ -1,0 +1,157 @@
+"""The same batch with PEFT and with the kernels: the answers, and how long a step takes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lora_kernels
+
+from ..ops._dispatch import extension_error
+from .model import quiet
+
+BASE = "__base__"
+ROWS, CACHED = 8, 64
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 31
+CASES = ((1, True), (64, True), (1, False), (64, False))  # (tokens a row, mixed batch)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over ``rounds``, seconds; the ratios are medians of each round's own ratio to the base model."""
+
+    tokens: int
+    mixed: bool
+    base: float
+    peft: float
+    patched: float
+    peft_ratio: float
+    patched_ratio: float
+    rounds: int
+
+
+def instruction_set() -> str:
+    """The widest vector instructions that torch finds on this CPU, and those that the compiled kernels use."""
+    name = torch.backends.cpu.get_cpu_capability()
+    kernels = "none compiled" if extension_error else torch.ops.lora_kernels_C.get_isa()
+    return f"torch: {name}; kernels: {kernels}"
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], names: Sequence[str], length: int) -> Tensor:
+    """Greedy answers to all prompts in one batch, one adapter a row.
+
+    Args:
+        model: a ``PeftModel``.
+        prompts: tokens, one list a row.
+        names: the adapter of each row, or ``__base__``.
+        length: the most tokens of an answer.
+
+    Returns:
+        ``[rows, ≤ length]`` token ids.
+    """
+    from transformers import GenerationConfig
+
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    greedy = GenerationConfig(
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+    )
+    with quiet():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, adapter_names=list(names))
+    return out[:, longest:]
+
+
+def first_difference(ours: Tensor, theirs: Tensor) -> list[int | None]:
+    """For each row the first token that differs, or None; a row that one of them ends earlier differs there."""
+    shared = min(ours.shape[1], theirs.shape[1])
+    rows: list[int | None] = []
+    for mine, other in zip(ours.tolist(), theirs.tolist(), strict=True):
+        different = (i for i in range(shared) if mine[i] != other[i])
+        rows.append(next(different, None if ours.shape[1] == theirs.shape[1] else shared))
+    return rows
+
+
+def times(
+    peft_model: Any, names: Sequence[str], *, seconds: float = 5.0, progress: Callable[[], None] = lambda: None
+) -> list[Timing]:
+    """Time one step of each of :data:`CASES`: the model without adapters, with PEFT, and patched.
+
+    All three share one set of weights, converted to bfloat16 in place. They take turns, from the same cache, and the
+    order rotates. A step of one token a row continues ``CACHED`` tokens; one of many is a prefill that computes the
+    logits of the last token only, as ``generate`` does. PEFT's hooks that tell the layers each row's adapter are set
+    before the clock starts, which is what ``generate`` does too.
+
+    Args:
+        peft_model: in eval mode, not patched.
+        names: its adapters; a mixed batch of ``ROWS`` takes them in turn, the other cases the first.
+        seconds: about how long to repeat a case.
+        progress: called after each case.
+    """
+    for weight in peft_model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    shared = {id(weight): weight for weight in peft_model.parameters()}
+    fast = copy.deepcopy(peft_model, dict(shared))
+    with quiet():
+        base = copy.deepcopy(peft_model, dict(shared)).unload()
+    peft_model.set_adapter(names[0])
+    fast.set_adapter(names[0])
+    handle = lora_kernels.patch(fast)
+    try:
+        timings = []
+        for tokens, mixed in CASES:
+            row_names = [names[i % len(names)] for i in range(ROWS)] if mixed else None
+            timings.append(_time_case(base, peft_model, fast, tokens, row_names, seconds))
+            progress()
+        return timings
+    finally:
+        handle.unpatch()
+
+
+@torch.no_grad()
+def _time_case(base: Any, peft_model: Any, fast: Any, tokens: int, names: list[str] | None, seconds: float) -> Timing:
+    generator = torch.Generator().manual_seed(0)
+    prefix = torch.randint(0, base.config.vocab_size, (ROWS, CACHED), generator=generator)
+    ids = torch.randint(0, base.config.vocab_size, (ROWS, tokens), generator=generator)
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    cache = base(input_ids=prefix, use_cache=True, **last).past_key_values if tokens == 1 else None
+
+    def step(model: Any) -> float:
+        past = copy.deepcopy(cache)
+        start = time.perf_counter()
+        model(input_ids=ids, past_key_values=past, use_cache=True, **last)
+        return time.perf_counter() - start
+
+    with contextlib.ExitStack() as stack:
+        for model in (peft_model, fast):
+            if names is not None:
+                stack.enter_context(model._enable_peft_forward_hooks(adapter_names=names))
+        models = [base, peft_model.get_base_model(), fast.get_base_model()]
+        for model in models:
+            step(model)
+        taken: list[list[float]] = [[], [], []]
+        end = time.perf_counter() + seconds
+        for i in range(MOST_ROUNDS):
+            if i >= FEWEST_ROUNDS and time.perf_counter() > end:
+                break
+            for j in range(3):
+                taken[(i + j) % 3].append(step(models[(i + j) % 3]))
+    ratios = [[other / own for other, own in zip(row, taken[0], strict=True)] for row in taken[1:]]
+    base_time, peft_time, patched_time, peft_ratio, patched_ratio = map(statistics.median, [*taken, *ratios])
+    return Timing(
+        tokens, names is not None, base_time, peft_time, patched_time, peft_ratio, patched_ratio, rounds=len(taken[0])
+    )
