@@ -1,0 +1,39 @@
+"""What tests, ``lora-kernels check`` and the benchmarks share: samples of every op, fp64 oracles, the error rule.
+
+A sample is one call of an op with everything that goes into it; an oracle computes the same call in float64 straight
+from the formula, one row at a time, and shares no code with the package; ``plain`` computes it the way one writes it in
+plain PyTorch in the sample's dtype, and its error is the yardstick of the error rule.
+"""
+
+from .low_rank import (
+    LOW_RANK_DTYPES,
+    Dtypes,
+    adapter_count,
+    as_segments,
+    expand_oracle,
+    low_rank_oracle,
+    low_rank_plain,
+    low_rank_samples,
+    low_rank_terms,
+    shrink_oracle,
+)
+from .numerics import Sample, assert_within_rule, bitwise_equal, poison, rms, threads
+
+__all__ = [
+    "LOW_RANK_DTYPES",
+    "Dtypes",
+    "Sample",
+    "adapter_count",
+    "as_segments",
+    "assert_within_rule",
+    "bitwise_equal",
+    "expand_oracle",
+    "low_rank_oracle",
+    "low_rank_plain",
+    "low_rank_samples",
+    "low_rank_terms",
+    "poison",
+    "rms",
+    "shrink_oracle",
+    "threads",
+]
