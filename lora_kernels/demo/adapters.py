@@ -68,7 +68,7 @@ RECIPES: dict[str, Trained | Mixed | Noise] = {
     "json": Trained("answers in JSON", texts.JSON),
     "tale": Trained("tells a fairy tale", texts.TALE),
     "a-bit-pirate": Mixed("0.35 × pirate", {"pirate": 0.35}),
-    "pirate-tale": Mixed("0.6 × pirate + 0.6 × tale, rank 32", {"pirate": 0.6, "tale": 0.6}),
+    "pirate-tale": Mixed("0.6 × pirate + 0.6 × tale", {"pirate": 0.6, "tale": 0.6}),
     "no-pirate": Mixed("−1 × pirate", {"pirate": -1.0}),
     "noise": Noise("a random low-rank change", 0.1, 1),
 }

@@ -52,8 +52,12 @@ def attach(model: Any, adapters: Sequence[Adapter]) -> Any:
         for adapter in adapters:
             try:
                 if peft_model is None:
-                    peft_model = PeftModel(model, configs[adapter.name], adapter_name=adapter.name)
-                result = peft_model.load_adapter(str(adapter.path), adapter_name=adapter.name, torch_device="cpu")
+                    peft_model = PeftModel(
+                        model, configs[adapter.name], adapter_name=adapter.name, low_cpu_mem_usage=True
+                    )
+                result = peft_model.load_adapter(
+                    str(adapter.path), adapter_name=adapter.name, torch_device="cpu", low_cpu_mem_usage=True
+                )
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"adapter {adapter.path} does not fit the model: {first_line(error)}") from error
             if missing := [key for key in result.missing_keys if f".{adapter.name}." in key]:

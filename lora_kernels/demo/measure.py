@@ -36,6 +36,7 @@ class Timing:
     patched: float
     peft_ratio: float
     patched_ratio: float
+    spread: float
     rounds: int
 
 
@@ -151,7 +152,12 @@ def _time_case(base: Any, peft_model: Any, fast: Any, tokens: int, names: list[s
             for j in range(3):
                 taken[(i + j) % 3].append(step(models[(i + j) % 3]))
     ratios = [[other / own for other, own in zip(row, taken[0], strict=True)] for row in taken[1:]]
-    base_time, peft_time, patched_time, peft_ratio, patched_ratio = map(statistics.median, [*taken, *ratios])
-    return Timing(
-        tokens, names is not None, base_time, peft_time, patched_time, peft_ratio, patched_ratio, rounds=len(taken[0])
+    medians = dict(
+        zip(
+            ("base", "peft", "patched", "peft_ratio", "patched_ratio"),
+            map(statistics.median, [*taken, *ratios]),
+            strict=True,
+        )
     )
+    first, _, third = statistics.quantiles(taken[0], n=4, method="inclusive")
+    return Timing(tokens, names is not None, **medians, spread=third / first, rounds=len(taken[0]))

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from .measure import CACHED, ROWS, Timing
 
+BUSY = 1.5  # a spread of the base model's own times that quiet machines do not show
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,10 +54,11 @@ def answers(result: Result) -> RenderableType:
     """The table of answers, and whether they are PEFT's."""
     table = Table(title=Text(f"{result.prompt!r}, one mixed batch of {len(result.rows)} rows"), title_justify="left")
     table.add_column("adapter", style="bold", no_wrap=True)
-    table.add_column("what it does", style="dim", max_width=24)
+    table.add_column("rank", justify="right")
+    table.add_column("what it does", style="dim", max_width=24, overflow="fold")
     table.add_column("answer", ratio=1)
     for row in result.rows:
-        table.add_row(Text(row.adapter), Text(row.what), Text(row.answer))
+        table.add_row(Text(row.adapter), str(row.rank or ""), Text(row.what), Text(row.answer))
     return Group(table, *verdict(result))
 
 
@@ -91,7 +94,10 @@ def times(result: Result) -> RenderableType:
         f"Medians of {min(rounds)} to {max(rounds)} rounds, in turns, on {result.threads} threads "
         f"({result.instruction_set}). Decode continues {CACHED} tokens."
     )
-    return Group(table, Text(note, "dim"))
+    lines = [Text(note, "dim")]
+    if max(timing.spread for timing in result.times) > BUSY:
+        lines.append(Text("The machine was busy with other work: these times mean little.", "yellow"))
+    return Group(table, *lines)
 
 
 def console(machine_reads: bool) -> Console:

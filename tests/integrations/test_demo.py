@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import lora_kernels
 from lora_kernels import demo
 from lora_kernels.demo import adapters, loading, measure, model, texts
+from lora_kernels.testing import threads
 
 BRIEF = adapters.Training(steps=2, rows=2)
 
@@ -26,6 +27,13 @@ BRIEF = adapters.Training(steps=2, rows=2)
 @pytest.fixture(autouse=True)
 def poisoned():
     """Models are built and loaded as users do it."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """The tiny model gains nothing from threads; the real one does."""
+    with threads(torch.get_num_threads() if request.node.get_closest_marker("slow") else 1):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,13 @@ class TestAttach:
 
     def test_good(self, tiny, copied):
         assert loading.attach(model.load(tiny)[0], loading.from_directories([copied])).active_adapter == "mine"
+
+    def test_half_precision_file(self, tiny, copied):
+        halves = {name: tensor.bfloat16() for name, tensor in load_file(copied / loading.WEIGHTS).items()}
+        self.change(copied, **halves)
+        weights = dict(loading.attach(model.load(tiny)[0], loading.from_directories([copied])).named_parameters())
+        for name, half in halves.items():
+            assert torch.equal(weights[name.replace(".weight", ".mine.weight")], half.float())
 
     def test_missing_directory(self, tiny, tmp_path):
         self.fails(tiny, tmp_path / "nowhere", "no such directory", FileNotFoundError)
