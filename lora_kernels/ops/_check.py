@@ -18,6 +18,7 @@ from ..reference.low_rank import num_adapters, num_slices, padded_rank
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+MAX_RANK = 512
 
 
 def shape(t: Tensor) -> str:
@@ -92,6 +93,8 @@ def segments(seg_indptr: Any, adapter_ids: Any, L: int, rows: int | None = None)
 
 def factors(name: str, value: Sequence[Tensor], x: Tensor, form: str) -> None:
     """S stacked tensors or L matrices, one dtype, x's device."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be {form}, got {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} must be {form}, got none")
     for i, t in enumerate(value):
@@ -115,7 +118,9 @@ def routing(rows: int, L: int, adapter_ids: Any, indptr: Any, plan: Tensor | Non
                 raise ValueError(f"the plan is of {of} adapters, A and B hold {L}")
             k = weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() == 2 else 1
             if pairs != rows * k:
-                raise ValueError(f"the plan is of {pairs} rows, x has {rows}" + (f" of {k} adapters each" if k > 1 else ""))
+                raise ValueError(
+                    f"the plan is of {pairs} rows, x has {rows}" + (f" of {k} adapters each" if k > 1 else "")
+                )
     elif indptr is not None:
         segments(indptr, adapter_ids, L, rows)
         same_device("seg_indptr", indptr, x)
@@ -132,7 +137,11 @@ def routing(rows: int, L: int, adapter_ids: Any, indptr: Any, plan: Tensor | Non
         same_device("weights", weights, x)
         if weights.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"weights must be float32, got {weights.dtype}")
-        if weights.dim() != 2 or weights.shape[0] != rows or (adapter_ids is not None and weights.shape != adapter_ids.shape):
+        if (
+            weights.dim() != 2
+            or weights.shape[0] != rows
+            or (adapter_ids is not None and weights.shape != adapter_ids.shape)
+        ):
             raise ValueError(f"weights must be [M, k] as adapter_ids, here [{rows}, {k}], got {shape(weights)}")
 
 
@@ -185,6 +194,8 @@ def shrink(
             raise ValueError(f"A{f'[{i}]' if len(A) > 1 else ''} must be {expected} for x [..., {K}], got {shape(a)}")
     if A[0].dtype not in (x.dtype, torch.float32) and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
+    if padded_rank(A) > MAX_RANK:
+        raise ValueError(f"A has rank {padded_rank(A)}, more than the {MAX_RANK} supported")
     rows = x.numel() // K if K else x.shape[:-1].numel()
     routing(rows, L, adapter_ids, indptr, plan, weights, x)
     ranks_within(ranks, S, L, padded_rank(A), x)
@@ -206,18 +217,20 @@ def add(
 ) -> None:
     """The arguments of y += s (x Aᵀ) Bᵀ."""
     rows = shrink(x, A, adapter_ids, indptr, plan, ranks, 0, weights)
+    if A[0].dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
     factors("B", B, x, "[L, N, R], or a tuple of those")
     L, S = num_adapters(A), num_slices(A)
     if len(B) != len(A) or B[0].dim() != A[0].dim():
-        raise ValueError(f"A and B must come in the same form, got {len(A)} of {shape(A[0])} and {len(B)} of {shape(B[0])}")
+        raise ValueError(
+            f"A and B must come in the same form, got {len(A)} of {shape(A[0])} and {len(B)} of {shape(B[0])}"
+        )
     for i, (a, b) in enumerate(zip(A, B, strict=True)):
         listed = b.dim() == 2
         fits = b.shape[-1] == a.shape[-2] and (b.shape[0] == B[0].shape[0] if listed else b.shape[0] == L)
         if not fits:
             expected = f"[{B[0].shape[0]}, {a.shape[0]}]" if listed else f"[{L}, N, {a.shape[1]}]"
-            raise ValueError(
-                f"B{f'[{i}]' if len(B) > 1 else ''} must be {expected} for A {shape(a)}, got {shape(b)}"
-            )
+            raise ValueError(f"B{f'[{i}]' if len(B) > 1 else ''} must be {expected} for A {shape(a)}, got {shape(b)}")
     if B[0].dtype != A[0].dtype:
         raise TypeError(f"B must be {A[0].dtype} as A, got {B[0].dtype}")
     N = sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
@@ -248,6 +261,8 @@ def expand(
     for i, b in enumerate(B):
         if b.dim() == 3 and (b.shape[0] != L or b.shape[2] != R):
             raise ValueError(f"B[{i}] must be [{L}, N, {R}], got {shape(b)}")
+    if R > MAX_RANK:
+        raise ValueError(f"B has rank {R}, more than the {MAX_RANK} supported")
     rows = v.shape[1] // (weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() == 2 else 1)
     routing(rows, L, adapter_ids, indptr, plan, weights, v)
     N = sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
