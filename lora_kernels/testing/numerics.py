@@ -35,7 +35,7 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; a NaN equals itself and -0 is not 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.numel() else True
+    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
 
 
 def assert_within_rule(
