@@ -33,6 +33,9 @@ DType dtype_of(const Tensor& t) {
 
 int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+// torch's contiguous(), without its call where there is nothing to do.
+Tensor compact(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // A thread's own memory, kept from call to call.
 struct Buffer {
   char* data = nullptr;
@@ -66,7 +69,7 @@ struct Matrix {
   explicit Matrix(const Tensor& t) : tensor(t), dtype(dtype_of(t)) {
     STD_TORCH_CHECK(t.dim() >= 1, "a scalar has no rows");
     if (!lies_in_rows()) {
-      tensor = torch::stable::contiguous(t);
+      tensor = compact(t);
       copied = true;
       lies_in_rows();
     }
@@ -136,7 +139,7 @@ struct Factors {
       int64_t rank = sizes[first + rank_dim], width = sizes[first + 1 - rank_dim];
       auto strides = t.strides();
       if (sizes[first] > 1 && sizes[first + 1] > 1 && strides[first] != 1 && strides[first + 1] != 1) {
-        t = torch::stable::contiguous(t);
+        t = compact(t);
         strides = t.strides();
       }
       Factor factor{t.data_ptr(), dtype, int(rank), strides[first + rank_dim], strides[first + 1 - rank_dim]};
@@ -167,7 +170,7 @@ struct Factors {
   void set_ranks(const OptionalTensor& ranks) {
     if (!ranks) return;
     STD_TORCH_CHECK(ranks->scalar_type() == ScalarType::Int && ranks->is_cpu(), "ranks");
-    Tensor t = torch::stable::contiguous(*ranks);
+    Tensor t = compact(*ranks);
     bool per_slice = t.dim() == 2;
     STD_TORCH_CHECK(per_slice ? t.size(0) == slices && t.size(1) == adapters : t.dim() == 1 && t.size(0) == adapters, "ranks");
     const int32_t* live = static_cast<const int32_t*>(t.data_ptr());
@@ -187,7 +190,7 @@ struct Scales {
       : values(slices * adapters_, float(scale)), adapters(adapters_) {
     if (!scaling) return;
     STD_TORCH_CHECK(scaling->scalar_type() == ScalarType::Float && scaling->is_cpu(), "scaling");
-    Tensor t = torch::stable::contiguous(*scaling);
+    Tensor t = compact(*scaling);
     bool per_slice = t.dim() == 2;
     STD_TORCH_CHECK(per_slice ? t.size(0) == slices && t.size(1) == adapters : t.dim() == 1 && t.size(0) == adapters, "scaling");
     const float* s = static_cast<const float*>(t.data_ptr());
@@ -223,12 +226,12 @@ void read_ids(const Tensor& ids, const OptionalTensor& indptr, int64_t rows, int
 // Ids of the pairs, from either form; checked.
 std::vector<int32_t> pair_ids(Tensor ids, OptionalTensor indptr, int64_t rows, int64_t adapters) {
   STD_TORCH_CHECK(ids.is_cpu() && (ids.dim() == 1 || (ids.dim() == 2 && !indptr)), "ids");
-  ids = torch::stable::contiguous(ids);
+  ids = compact(ids);
   if (indptr) {
     STD_TORCH_CHECK(indptr->is_cpu() && indptr->dim() == 1 && indptr->numel() == ids.numel() + 1 &&
                         indptr->scalar_type() == ids.scalar_type(),
                     "seg_indptr");
-    indptr = torch::stable::contiguous(*indptr);
+    indptr = compact(*indptr);
   } else {
     STD_TORCH_CHECK(rows < 0 || ids.size(0) == rows, "ids");
   }
@@ -541,7 +544,7 @@ OptionalTensor checked_weights(const OptionalTensor& weights, int64_t rows) {
   STD_TORCH_CHECK(weights->is_cpu() && weights->scalar_type() == ScalarType::Float && weights->dim() == 2 &&
                       weights->size(0) == rows,
                   "weights");
-  return torch::stable::contiguous(*weights);
+  return compact(*weights);
 }
 
 void check_mixture(const Routing& routing, const OptionalTensor& ids, const OptionalTensor& weights) {
@@ -606,7 +609,7 @@ void lora_expand(const Tensor& y, const Tensor& v, std::vector<Tensor> B, Option
   Factors b(B, 1);
   STD_TORCH_CHECK(y.is_cpu() && v.is_cpu() && v.scalar_type() == ScalarType::Float, "devices");
   STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == b.slices && v.size(2) == b.padded_rank, "v does not fit B");
-  Matrix in(torch::stable::contiguous(v));
+  Matrix in(compact(v));
   in.stride = b.padded_rank;
   STD_TORCH_CHECK(b.total == out.columns, "y does not fit");
   b.set_ranks(ranks);
@@ -662,7 +665,7 @@ void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, in
   int32_t* p = static_cast<int32_t*>(table.data_ptr());
   int64_t pairs = of_pair.size();
   if (indptr) {
-    Tensor bounds = torch::stable::contiguous(*indptr);
+    Tensor bounds = compact(*indptr);
     pairs = bounds.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(bounds.data_ptr())[ids.numel()]
                                                     : static_cast<const int64_t*>(bounds.data_ptr())[ids.numel()];
   }

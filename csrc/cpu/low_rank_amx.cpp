@@ -32,17 +32,6 @@ constexpr int TILE = 512;  // bf16 elements of one tile
 LK_INLINE vf widen_bf16(__m256i h) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16); }
 LK_INLINE __m256i round_bf16(vf x) { return (__m256i)_mm512_cvtneps_pbh((__m512)x); }
 
-// x as a sum of PARTS bf16 values, the largest first; an infinity is all in the first.
-template <int PARTS>
-LK_INLINE void split(vf x, __m256i (&part)[PARTS]) {
-#pragma GCC unroll 3
-  for (int i = 0; i < PARTS; ++i) {
-    part[i] = round_bf16(x);
-    __mmask16 finite = __mmask16(~_mm512_fpclass_ps_mask((__m512)widen_bf16(part[i]), 0x18));
-    x = (vf)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)widen_bf16(part[i]));
-  }
-}
-
 LK_INLINE __m512i load_pairs(const bf16* p, int count) {
   if (count >= DEPTH) return _mm512_loadu_si512(p);
   return _mm512_maskz_loadu_epi16(count <= 0 ? 0 : __mmask32((1ull << count) - 1), p);
@@ -53,35 +42,67 @@ template <int PARTS>
 LK_INLINE void load_parts(const bf16* p, int count, __m512i (&out)[PARTS]) {
   out[0] = load_pairs(p, count);
 }
+// Picks the bf16 a float is cut to, out of two vectors.
+LK_INLINE __m512i high_halves() {
+  return _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
+                          17, 15, 13, 11, 9, 7, 5, 3, 1);
+}
+
+// An fp32 value is cut, not rounded, so that three parts hold all its bits; a part of an infinity would be a NaN.
 template <int PARTS>
 LK_INLINE void load_parts(const float* p, int count, __m512i (&out)[PARTS]) {
   vf low = count >= W ? load(p) : load_n(p, count < 0 ? 0 : count);
   vf high = count >= DEPTH ? load(p + W) : count > W ? load_n(p + W, count - W) : vf{};
-  __m256i l[PARTS], h[PARTS];
-  split(low, l);
-  split(high, h);
 #pragma GCC unroll 3
-  for (int i = 0; i < PARTS; ++i) out[i] = _mm512_inserti64x4(_mm512_castsi256_si512(l[i]), h[i], 1);
+  for (int i = 0; i < PARTS; ++i) {
+    out[i] = _mm512_permutex2var_epi16((__m512i)low, high_halves(), (__m512i)high);
+    low -= (vf)((vu)low & 0xffff0000);
+    high -= (vf)((vu)high & 0xffff0000);
+  }
+}
+
+// 16 elements of a factor row, twice: the other operand holds two parts of its own side by side.
+template <int PARTS>
+LK_INLINE void load_twice(const bf16* p, int count, __m512i (&out)[PARTS]) {
+  __m256i h = count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
+  out[0] = _mm512_broadcast_i64x4(h);
+}
+template <int PARTS>
+LK_INLINE void load_twice(const float* p, int count, __m512i (&out)[PARTS]) {
+  vf x = count >= W ? load(p) : load_n(p, count);
+#pragma GCC unroll 3
+  for (int i = 0; i < PARTS; ++i) {
+    out[i] = _mm512_permutex2var_epi16((__m512i)x, high_halves(), (__m512i)x);
+    x -= (vf)((vu)x & 0xffff0000);
+  }
+}
+
+template <int PARTS, bool TWICE, class T>
+LK_INLINE void load_row(const T* p, int count, __m512i (&out)[PARTS]) {
+  if (TWICE)
+    load_twice(p, count, out);
+  else
+    load_parts(p, count, out);
 }
 
 // Rows [0, 16) x 32 of a factor, zeros past `rows` and `count`, to PARTS tiles TILE apart: as they lie ...
-template <int PARTS, class T>
+template <int PARTS, bool TWICE = false, class T>
 LK_INLINE void copy_tile(const T* p, int64_t stride, int rows, int count, bf16* out) {
   for (int i = 0; i < 16; ++i) {
     __m512i v[PARTS] = {};
-    if (i < rows) load_parts(p + i * stride, count, v);
+    if (i < rows) load_row<PARTS, TWICE>(p + i * stride, count, v);
 #pragma GCC unroll 3
     for (int part = 0; part < PARTS; ++part) _mm512_store_si512(out + part * TILE + i * DEPTH, v[part]);
   }
 }
 
 // ... or interleaved, as the second operand of a dot product wants them.
-template <int PARTS, class T>
+template <int PARTS, bool TWICE = false, class T>
 LK_INLINE void interleave_tile(const T* p, int64_t stride, int rows, int count, bf16* out) {
   vi v[PARTS][16];
   for (int i = 0; i < 16; ++i) {
     __m512i part[PARTS] = {};
-    if (i < rows) load_parts(p + i * stride, count, part);
+    if (i < rows) load_row<PARTS, TWICE>(p + i * stride, count, part);
 #pragma GCC unroll 3
     for (int k = 0; k < PARTS; ++k) v[k][i] = (vi)part[k];
   }
@@ -151,25 +172,25 @@ void shrink_few(const Rows& x, int m, const Factor& A, int64_t begin, int64_t en
       configured = ranks;
     }
     const T* a = (const T*)A.data + j * A.rank_stride + begin;
-    LK_TILE_ZERO(0);
+    tiles::zero<0>();
     for (int k = 0; k < padded; k += DEPTH) {
-      LK_TILE_LOAD(4, xt + k * cols, bytes);
+      tiles::load<4>(xt + k * cols, bytes);
       if (PARTS == 1 && k + DEPTH <= length) {
-        LK_TILE_LOAD(1, a + k, A.rank_stride * 2);
-        LK_TILE_DOT(0, 1, 4);
+        tiles::load<1>(a + k, A.rank_stride * 2);
+        tiles::dot<0, 1, 4>();
         continue;
       }
       copy_tile<PARTS>(a + k, A.rank_stride, ranks, length - k, tile);
-      LK_TILE_LOAD(1, tile, 64);
-      LK_TILE_DOT(0, 1, 4);
+      tiles::load<1>(tile, 64);
+      tiles::dot<0, 1, 4>();
       if (PARTS > 1) {
-        LK_TILE_LOAD(2, tile + TILE, 64);
-        LK_TILE_DOT(0, 2, 4);
-        LK_TILE_LOAD(3, tile + 2 * TILE, 64);
-        LK_TILE_DOT(0, 3, 4);
+        tiles::load<2>(tile + TILE, 64);
+        tiles::dot<0, 2, 4>();
+        tiles::load<3>(tile + 2 * TILE, 64);
+        tiles::dot<0, 3, 4>();
       }
     }
-    LK_TILE_STORE(0, c, bytes);
+    tiles::store<0>(c, bytes);
     for (int r = 0; r < ranks; ++r)
       for (int i = 0; i < m; ++i) add_or_set(v + i * v_stride + j + r, c[r * cols + i], add);
   }
@@ -217,35 +238,35 @@ void shrink_many(const Rows& x, int m, const Factor& A, int64_t begin, int64_t e
         stride = padded;
       }
       int blocks = (rows + 15) / 16;
-      LK_TILE_ZERO(0);
-      LK_TILE_ZERO(1);
-      LK_TILE_ZERO(2);
-      LK_TILE_ZERO(3);
+      tiles::zero<0>();
+      tiles::zero<1>();
+      tiles::zero<2>();
+      tiles::zero<3>();
       for (int s = 0; s < steps; ++s) {
         const bf16* tile = at + s * PARTS * TILE;
         const bf16* q = p + s * DEPTH;
         for (int part = 0; part < PARTS; ++part) {
-          LK_TILE_LOAD(4, tile + part * TILE, 64);
-          LK_TILE_LOAD(5, q, stride * 2);
-          LK_TILE_DOT(0, 5, 4);
+          tiles::load<4>(tile + part * TILE, 64);
+          tiles::load<5>(q, stride * 2);
+          tiles::dot<0, 5, 4>();
           if (blocks > 1) {
-            LK_TILE_LOAD(6, q + 16 * stride, stride * 2);
-            LK_TILE_DOT(1, 6, 4);
+            tiles::load<6>(q + 16 * stride, stride * 2);
+            tiles::dot<1, 6, 4>();
           }
           if (blocks > 2) {
-            LK_TILE_LOAD(7, q + 32 * stride, stride * 2);
-            LK_TILE_DOT(2, 7, 4);
+            tiles::load<7>(q + 32 * stride, stride * 2);
+            tiles::dot<2, 7, 4>();
           }
           if (blocks > 3) {
-            LK_TILE_LOAD(5, q + 48 * stride, stride * 2);
-            LK_TILE_DOT(3, 5, 4);
+            tiles::load<5>(q + 48 * stride, stride * 2);
+            tiles::dot<3, 5, 4>();
           }
         }
       }
-      LK_TILE_STORE(0, c, 64);
-      LK_TILE_STORE(1, c + 256, 64);
-      LK_TILE_STORE(2, c + 512, 64);
-      LK_TILE_STORE(3, c + 768, 64);
+      tiles::store<0>(c, 64);
+      tiles::store<1>(c + 256, 64);
+      tiles::store<2>(c + 512, 64);
+      tiles::store<3>(c + 768, 64);
       __mmask16 live = __mmask16((1u << ranks) - 1);
       for (int k = 0; k < rows; ++k) {
         float* out = v + (i + k) * v_stride + j;
@@ -290,26 +311,84 @@ LK_INLINE void add_columns(const float* c, bf16* const* y, int m, int64_t n, int
     if (i < m) add_to(y[i] + n, v[i], live);
 }
 
-// yᵀ += B vᵀ for at most 16 rows: 16 columns of y at a time.
-template <int COLS, class T>
+// The expand's operands have their ranks cut into steps. Up to 16 ranks are one step, in which the two parts of v lie side
+// by side and B stands twice; beyond, a step is 32 ranks and the parts of v are tiles of their own.
+struct Steps {
+  int rank, count, parts;
+  explicit Steps(int rank_)
+      : rank(rank_), count(rank_ <= 16 ? 1 : (rank_ + DEPTH - 1) / DEPTH), parts(rank_ <= 16 ? 1 : 2) {}
+  LK_INLINE int tiles() const { return count * parts; }
+};
+
+// What cutting x to bf16 leaves; nothing of an infinity.
+LK_INLINE vf rest_of(vf x) {
+  vu head = (vu)x & 0xffff0000;
+  __mmask16 finite = _mm512_cmpneq_epu32_mask((__m512i)(head & 0x7fffffff), _mm512_set1_epi32(0x7f800000));
+  return (vf)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)(vf)head);
+}
+
+// One row of v for every tile of it.
+template <bool TWICE>
+LK_INLINE void load_v(const float* p, int count, __m512i (&out)[2]) {
+  vf low = count >= W ? load(p) : load_n(p, count < 0 ? 0 : count);
+  vf high = TWICE ? low : count >= DEPTH ? load(p + W) : count > W ? load_n(p + W, count - W) : vf{};
+  if (TWICE) {
+    out[0] = _mm512_permutex2var_epi16((__m512i)low, high_halves(), (__m512i)rest_of(low));
+  } else {
+    out[0] = _mm512_permutex2var_epi16((__m512i)low, high_halves(), (__m512i)high);
+    out[1] = _mm512_permutex2var_epi16((__m512i)rest_of(low), high_halves(), (__m512i)rest_of(high));
+  }
+}
+
+// Tile C of yᵀ: 16 columns from n, `live` of which exist.
+template <int C, int PARTS, bool TWICE, class T>
+LK_INLINE void expand_few_tile(const Factor& B, const Steps& steps, int64_t n, int live, const bf16* vt, int64_t v_bytes,
+                               bf16* tile) {
+  tiles::zero<C>();
+  for (int s = 0; s < steps.count; ++s) {
+    const T* b = (const T*)B.data + n * B.stride + s * DEPTH;
+    int depth = B.rank - s * DEPTH;
+    if (!TWICE) {
+      tiles::load<6>(vt + 2 * s * v_bytes * 8, v_bytes);
+      tiles::load<7>(vt + (2 * s + 1) * v_bytes * 8, v_bytes);
+    }
+    if (!TWICE && PARTS == 1 && live == 16 && depth >= DEPTH) {
+      tiles::load<4>(b, B.stride * 2);
+    } else {
+      copy_tile<PARTS, TWICE>(b, B.stride, live, depth, tile);
+      tiles::load<4>(tile, 64);
+    }
+    tiles::dot<C, 4, 6>();
+    if (!TWICE) tiles::dot<C, 4, 7>();
+    if (PARTS > 1) {
+      tiles::load<5>(tile + TILE, 64);
+      tiles::dot<C, 5, 6>();
+    }
+  }
+}
+
+// yᵀ += B vᵀ for at most 16 rows: 16 columns of y a tile, four tiles in flight.
+template <int COLS, bool TWICE, class T>
 LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
                           int64_t end, char* scratch) {
-  constexpr int PARTS = parts<T>(2);
-  int steps = (B.rank + DEPTH - 1) / DEPTH;
-  int pairs = steps > 1 ? 16 : (B.rank + 1) / 2;
-  bf16* vt = (bf16*)scratch;                    // [steps][2 parts][16 pairs][COLS][2]
-  bf16* tile = vt + 2 * kMaxRank * 16;          // [4 columns of tiles][2 parts]
-  float* c = (float*)(tile + 8 * TILE);         // [4][16, COLS]
-  for (int s = 0; s < steps; ++s) {
-    vi part[2][COLS];
+  constexpr int PARTS = parts<T>(2), v_bytes = 4 * COLS;
+  Steps steps(B.rank);
+  bf16* vt = (bf16*)scratch;             // [steps][parts][16 pairs][COLS][2]
+  bf16* tile = vt + 2 * kMaxRank * 16;   // [4][2 parts] tiles of B
+  float* c = (float*)(tile + 8 * TILE);  // [4][16][COLS]
+  for (int s = 0; s < steps.count; ++s) {
+    vi part[2][COLS] = {};
+#pragma GCC unroll 16
     for (int i = 0; i < COLS; ++i) {
       __m512i halves[2] = {};
-      if (i < m) load_parts(v + i * v_stride + s * DEPTH, B.rank - s * DEPTH, halves);
+      if (i < m) load_v<TWICE>(v + i * v_stride + s * DEPTH, B.rank - s * DEPTH, halves);
       part[0][i] = (vi)halves[0];
       part[1][i] = (vi)halves[1];
     }
-    for (int k = 0; k < 2; ++k) {
+#pragma GCC unroll 2
+    for (int k = 0; k < steps.parts; ++k) {
       interleave(part[k]);
+#pragma GCC unroll 16
       for (int i = 0; i < COLS; ++i)
         _mm512_store_si512(vt + ((s * 2 + k) * COLS + i) * DEPTH, (__m512i)part[k][i]);
     }
@@ -317,120 +396,168 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
   bf16* rows[COLS];
   for (int i = 0; i < m; ++i) rows[i] = (bf16*)row_of<bf16>(y, i);
   tiles::Config config;
-  for (int t = 0; t < 4; ++t) config.set(t, 16, 4 * COLS);
-  for (int t = 4; t < 6; ++t) config.set(t, 16, 4 * pairs);
-  for (int t = 6; t < 8; ++t) config.set(t, pairs, 4 * COLS);
+  for (int t = 0; t < 4; ++t) config.set(t, 16, v_bytes);
+  for (int t = 4; t < 6; ++t) config.set(t, 16, 64);
+  for (int t = 6; t < 8; ++t) config.set(t, 16, v_bytes);
   config.load();
-  bool whole = PARTS == 1 && B.rank % 2 == 0;
-  if (steps == 1) {
-    LK_TILE_LOAD(6, vt, 4 * COLS);
-    LK_TILE_LOAD(7, vt + COLS * DEPTH, 4 * COLS);
+  if (TWICE) tiles::load<6>(vt, v_bytes);
+  int64_t n = begin;
+  for (; n + 64 <= end; n += 64) {
+    expand_few_tile<0, PARTS, TWICE, T>(B, steps, n, 16, vt, v_bytes, tile);
+    expand_few_tile<1, PARTS, TWICE, T>(B, steps, n + 16, 16, vt, v_bytes, tile + 2 * TILE);
+    expand_few_tile<2, PARTS, TWICE, T>(B, steps, n + 32, 16, vt, v_bytes, tile + 4 * TILE);
+    expand_few_tile<3, PARTS, TWICE, T>(B, steps, n + 48, 16, vt, v_bytes, tile + 6 * TILE);
+    tiles::store<0>(c, v_bytes);
+    tiles::store<1>(c + 16 * COLS, v_bytes);
+    tiles::store<2>(c + 32 * COLS, v_bytes);
+    tiles::store<3>(c + 48 * COLS, v_bytes);
+    for (int t = 0; t < 4; ++t) add_columns<COLS>(c + t * 16 * COLS, rows, m, n + t * 16, 16);
   }
-  for (int64_t n = begin; n < end; n += 16) {
+  for (; n < end; n += 16) {
     int live = end - n < 16 ? int(end - n) : 16;
-    LK_TILE_ZERO(0);
-    for (int s = 0; s < steps; ++s) {
-      const T* b = (const T*)B.data + n * B.stride + s * DEPTH;
-      int depth = B.rank - s * DEPTH;
-      if (steps > 1) {
-        LK_TILE_LOAD(6, vt + 2 * s * COLS * DEPTH, 4 * COLS);
-        LK_TILE_LOAD(7, vt + (2 * s + 1) * COLS * DEPTH, 4 * COLS);
-      }
-      if (whole && live == 16 && (steps == 1 || depth >= DEPTH)) {
-        LK_TILE_LOAD(4, b, B.stride * 2);
-      } else {
-        copy_tile<PARTS>(b, B.stride, live, depth, tile);
-        LK_TILE_LOAD(4, tile, 64);
-      }
-      LK_TILE_DOT(0, 4, 6);
-      LK_TILE_DOT(0, 4, 7);
-      if (PARTS > 1) {
-        LK_TILE_LOAD(5, tile + TILE, 64);
-        LK_TILE_DOT(0, 5, 6);
-      }
-    }
-    LK_TILE_STORE(0, c, 4 * COLS);
+    expand_few_tile<0, PARTS, TWICE, T>(B, steps, n, live, vt, v_bytes, tile);
+    tiles::store<0>(c, v_bytes);
     add_columns<COLS>(c, rows, m, n, live);
   }
 }
 
-// y += v Bᵀ for many rows: B interleaved once, then 16 rows by 32 columns at a time.
-template <class T>
-void expand_many(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
-                 char* scratch) {
-  constexpr int PARTS = parts<T>(2), COLUMNS = 32;
-  int steps = (B.rank + DEPTH - 1) / DEPTH;
-  bf16* vt = (bf16*)scratch;                    // [steps][2 parts] tiles of 16 rows
-  float* c = (float*)(vt + 2 * kMaxRank * 16);  // [2][16, 32]
-  bf16* bt = (bf16*)(c + 2 * 16 * COLUMNS);     // [column of tiles][steps][PARTS] tiles
-  int64_t room = (int64_t)(kScratch - ((char*)bt - scratch)) / (steps * PARTS * TILE * 2) * 16 / COLUMNS * COLUMNS;
+// Tiles C (even columns) and C + 1 (odd ones) onto `count` rows by 32 columns of y, of which `live` exist. y is read
+// before the tiles are stored: a load behind a store to the same offset in a page would wait for it.
+template <int C, bool WHOLE>
+LK_INLINE void add_tiles_as(float* c, bf16* const* rows, int count, int64_t n, __mmask32 live) {
+  const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  vu before[16];
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k)
+    if (WHOLE || k < count)
+      before[k] = (vu)(WHOLE ? _mm512_loadu_si512(rows[k] + n) : _mm512_maskz_loadu_epi16(live, rows[k] + n));
+  tiles::store<C>(c, 128);
+  tiles::store<C + 1>(c + 16, 128);
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) {
+    if (!WHOLE && k >= count) break;
+    vf even = (vf)(before[k] << 16) + load(c + k * 32);
+    vf odd = (vf)(before[k] & 0xffff0000) + load(c + k * 32 + 16);
+    __m512i after = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    after = _mm512_permutexvar_epi16(in_order, after);
+    if (WHOLE)
+      _mm512_storeu_si512(rows[k] + n, after);
+    else
+      _mm512_mask_storeu_epi16(rows[k] + n, live, after);
+  }
+}
+
+template <int C>
+LK_INLINE void add_tiles(float* c, bf16* const* rows, int count, int64_t n, int live) {
+  if (count == 16 && live == 32)
+    add_tiles_as<C, true>(c, rows, count, n, 0);
+  else
+    add_tiles_as<C, false>(c, rows, count, n, __mmask32((1ull << live) - 1));
+}
+
+// Tiles C and C + 1: 16 rows of v (in tile V where one tile holds them) by 32 columns.
+template <int C, int V, int PARTS, bool TWICE, class F>
+LK_INLINE void expand_many_tiles(const bf16* vt, const Steps& steps, bool fresh, const F& load_b) {
+  auto dots = [&](int tile) LK_LAMBDA {
+    if (!TWICE) tiles::load<V>(vt + tile * TILE, 64);
+    tiles::dot<C, V, 6>();
+    tiles::dot<C + 1, V, 7>();
+  };
+  tiles::zero<C>();
+  tiles::zero<C + 1>();
+  for (int s = 0; s < steps.count; ++s) {
+    if (fresh) load_b(s, 0);
+    dots(s * 2);
+    if (!TWICE) dots(s * 2 + 1);
+    if (PARTS > 1) {
+      load_b(s, 1);
+      dots(s * 2);
+    }
+  }
+}
+
+// y += v Bᵀ for many rows: B interleaved once, then 32 rows by 32 columns at a time.
+template <bool TWICE, class T>
+LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
+                           int64_t end, char* scratch) {
+  constexpr int PARTS = parts<T>(2), BLOCK = 32;
+  Steps steps(B.rank);
+  int block = steps.count * PARTS * TILE;    // of B, for 16 columns
+  int64_t v_half = steps.tiles() * TILE;     // of v, for 16 rows
+  bf16* vt = (bf16*)scratch;                 // [2][steps][parts] tiles
+  float* c = (float*)(vt + 4 * kMaxRank * 16);  // [32][32]
+  bf16* bt = (bf16*)(c + BLOCK * BLOCK);     // [columns / 32][even, odd][steps][PARTS] tiles
+  int64_t room = (int64_t)(kScratch - ((char*)bt - scratch)) / (block * 2) * 16 / BLOCK * BLOCK;
   tiles::Config config;
   for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
   config.load();
   for (int64_t n0 = begin; n0 < end; n0 += room) {
     int64_t n1 = end - n0 < room ? end : n0 + room;
-    for (int64_t n = n0; n < n1; n += 16)
-      for (int s = 0; s < steps; ++s)
-        interleave_tile<PARTS>((const T*)B.data + n * B.stride + s * DEPTH, B.stride, n1 - n < 16 ? int(n1 - n) : 16,
-                               B.rank - s * DEPTH, bt + ((n - n0) / 16 * steps + s) * PARTS * TILE);
-    for (int i = 0; i < m; i += 16) {
-      int rows = m - i < 16 ? m - i : 16;
-      for (int s = 0; s < steps; ++s)
-        copy_tile<2>(v + i * v_stride + s * DEPTH, v_stride, rows, B.rank - s * DEPTH, vt + s * 2 * TILE);
-      bf16* y_rows[16];
-      for (int k = 0; k < rows; ++k) y_rows[k] = (bf16*)row_of<bf16>(y, i + k);
-      for (int64_t n = n0; n < n1; n += COLUMNS) {
-        const bf16* left = bt + (n - n0) / 16 * steps * PARTS * TILE;
-        const bf16* right = n + 16 < n1 ? left + steps * PARTS * TILE : left;
-        LK_TILE_ZERO(0);
-        LK_TILE_ZERO(1);
-        for (int s = 0; s < steps; ++s) {
-          LK_TILE_LOAD(2, vt + s * 2 * TILE, 64);
-          LK_TILE_LOAD(3, vt + (s * 2 + 1) * TILE, 64);
-          LK_TILE_LOAD(4, left + s * PARTS * TILE, 64);
-          LK_TILE_LOAD(5, right + s * PARTS * TILE, 64);
-          LK_TILE_DOT(0, 2, 4);
-          LK_TILE_DOT(1, 2, 5);
-          LK_TILE_DOT(0, 3, 4);
-          LK_TILE_DOT(1, 3, 5);
-          if (PARTS > 1) {
-            LK_TILE_LOAD(6, left + (s * PARTS + 1) * TILE, 64);
-            LK_TILE_LOAD(7, right + (s * PARTS + 1) * TILE, 64);
-            LK_TILE_DOT(0, 2, 6);
-            LK_TILE_DOT(1, 2, 7);
-          }
+    for (int64_t n = n0; n < n1; n += BLOCK)
+      for (int odd = 0; odd < 2; ++odd)
+        for (int s = 0; s < steps.count; ++s) {
+          int columns = n1 - n < BLOCK ? int(n1 - n - odd + 1) / 2 : 16;
+          interleave_tile<PARTS, TWICE>((const T*)B.data + (n + odd) * B.stride + s * DEPTH, 2 * B.stride, columns,
+                                        B.rank - s * DEPTH, bt + ((n - n0) / 16 + odd) * block + s * PARTS * TILE);
         }
-        LK_TILE_STORE(0, c, 128);
-        LK_TILE_STORE(1, c + 16, 128);
-        int live = n1 - n < COLUMNS ? int(n1 - n) : COLUMNS;
-        if (live == COLUMNS) {
-          for (int k = 0; k < rows; ++k) {
-            __m512i before = _mm512_loadu_si512(y_rows[k] + n);
-            vf low = widen_bf16(_mm512_castsi512_si256(before)) + load(c + k * 32);
-            vf high = widen_bf16(_mm512_extracti64x4_epi64(before, 1)) + load(c + k * 32 + 16);
-            _mm512_storeu_si512(y_rows[k] + n, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-          }
-        } else {
-          for (int k = 0; k < rows; ++k) {
-            add_to(y_rows[k] + n, load(c + k * 32), live < 16 ? live : 16);
-            if (live > 16) add_to(y_rows[k] + n + 16, load(c + k * 32 + 16), live - 16);
-          }
+    for (int i = 0; i < m; i += BLOCK) {
+      int count = m - i < BLOCK ? m - i : BLOCK;
+      bool two = count > 16;
+      for (int k = 0; k < BLOCK; ++k)
+        for (int s = 0; s < steps.count; ++s) {
+          __m512i halves[2] = {};
+          if (k < count) load_v<TWICE>(v + (i + k) * v_stride + s * DEPTH, B.rank - s * DEPTH, halves);
+          bf16* out = vt + k / 16 * v_half + s * steps.parts * TILE + k % 16 * DEPTH;
+          _mm512_store_si512(out, halves[0]);
+          if (!TWICE) _mm512_store_si512(out + TILE, halves[1]);
         }
+      bf16* rows[BLOCK];
+      for (int k = 0; k < count; ++k) rows[k] = (bf16*)row_of<bf16>(y, i + k);
+      if (TWICE) {
+        tiles::load<4>(vt, 64);
+        tiles::load<5>(vt + v_half, 64);
+      }
+      const bf16 *even = nullptr, *odd = nullptr;
+      auto load_b = [&](int s, int part) LK_LAMBDA {
+        tiles::load<6>(even + (s * PARTS + part) * TILE, 64);
+        tiles::load<7>(odd + (s * PARTS + part) * TILE, 64);
+      };
+      // The dot products of 16 rows; `fresh`: B's tiles are not in place yet.
+      auto upper = [&](bool fresh) LK_LAMBDA { expand_many_tiles<0, 4, PARTS, TWICE>(vt, steps, fresh, load_b); };
+      auto lower = [&](bool fresh) LK_LAMBDA { expand_many_tiles<2, 5, PARTS, TWICE>(vt + v_half, steps, fresh, load_b); };
+      auto move_to = [&](int64_t n) LK_LAMBDA {
+        even = bt + (n - n0) / 16 * block;
+        odd = even + block;
+      };
+      // The tiles of one half are filled while those of the other are added to y.
+      bool whole_b = TWICE && PARTS == 1;
+      move_to(n0);
+      upper(true);
+      for (int64_t n = n0; n < n1; n += BLOCK) {
+        int live = n1 - n < BLOCK ? int(n1 - n) : BLOCK;
+        if (two) lower(!whole_b);
+        add_tiles<0>(c, rows, two ? 16 : count, n, live);
+        if (n + BLOCK < n1) {
+          move_to(n + BLOCK);
+          upper(true);
+        }
+        if (two) add_tiles<2>(c + 16 * BLOCK, rows + 16, count - 16, n, live);
       }
     }
   }
 }
 
-template <class T>
+template <bool TWICE, class T>
 void expand_tiles(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
                   char* scratch) {
   switch (m > 16 ? 0 : power_of_two(m)) {
-    case 0: expand_many<T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 1: expand_few<1, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 2: expand_few<2, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 4: expand_few<4, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 8: expand_few<8, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    default: expand_few<16, T>(y, m, v, v_stride, B, begin, end, scratch);
+    case 0: expand_many<TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
+    case 1: expand_few<1, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
+    case 2: expand_few<2, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
+    case 4: expand_few<4, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
+    case 8: expand_few<8, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
+    default: expand_few<16, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
   }
   tiles::release();
 }
@@ -440,9 +567,10 @@ void expand(const Rows& y, int m, const float* v, int64_t v_stride, const Factor
   if (y.dtype != DType::bf16 || B.rank_stride != 1 || B.dtype == DType::f16)
     expand_vectors(y, m, v, v_stride, B, begin, end, scratch);
   else if (B.dtype == DType::bf16)
-    expand_tiles<bf16>(y, m, v, v_stride, B, begin, end, (char*)scratch);
+    (B.rank > 16 ? expand_tiles<false, bf16> : expand_tiles<true, bf16>)(y, m, v, v_stride, B, begin, end, (char*)scratch);
   else
-    expand_tiles<float>(y, m, v, v_stride, B, begin, end, (char*)scratch);
+    (B.rank > 16 ? expand_tiles<false, float> : expand_tiles<true, float>)(y, m, v, v_stride, B, begin, end,
+                                                                           (char*)scratch);
 }
 
 }  // namespace

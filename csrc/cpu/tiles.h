@@ -7,12 +7,25 @@
 
 namespace lora_kernels::tiles {
 
-#define LK_TILE_LOAD(tile, p, bytes) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"((const void*)(p)), "r"((int64_t)(bytes)) : "memory")
-#define LK_TILE_STORE(tile, p, bytes) \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"((void*)(p)), "r"((int64_t)(bytes)) : "memory")
-#define LK_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::: "memory")
-#define LK_TILE_DOT(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::: "memory")
+#define LK_TILES __attribute__((always_inline)) inline
+
+template <int T>
+LK_TILES void load(const void* p, int64_t bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes), "i"(T) : "memory");
+}
+template <int T>
+LK_TILES void store(void* p, int64_t bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(bytes), "i"(T) : "memory");
+}
+template <int T>
+LK_TILES void zero() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T) : "memory");
+}
+template <int C, int A, int B>
+LK_TILES void dot() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+}
+LK_TILES void release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
 struct alignas(64) Config {
   uint8_t palette = 1;
@@ -21,13 +34,11 @@ struct alignas(64) Config {
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 
-  __attribute__((always_inline)) void set(int tile, int rows_, int bytes_) {
+  LK_TILES void set(int tile, int rows_, int bytes_) {
     rows[tile] = uint8_t(rows_);
     bytes[tile] = uint16_t(bytes_);
   }
-  __attribute__((always_inline)) void load() const { __asm__ volatile("ldtilecfg %0" ::"m"(*this) : "memory"); }
+  LK_TILES void load() const { __asm__ volatile("ldtilecfg %0" ::"m"(*this) : "memory"); }
 };
-
-__attribute__((always_inline)) inline void release() { __asm__ volatile("tilerelease" ::: "memory"); }
 
 }  // namespace lora_kernels::tiles
