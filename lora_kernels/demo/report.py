@@ -76,10 +76,10 @@ def verdict(result: Result) -> list[Text]:
 
 def times(result: Result) -> RenderableType:
     """The table of step times."""
-    title = "One step in bf16, milliseconds (and times the model without adapters)"
+    title = "One step in bf16, milliseconds (× base: the model without adapters)"
     table = Table(title=title, title_justify="left")
     table.add_column("rows × tokens", no_wrap=True)
-    for name in ("no adapters", "PEFT", "patched", "speed-up"):
+    for name in ("base", "PEFT", "patched", "gain"):
         table.add_column(name, justify="right", no_wrap=True)
     for timing in result.times:
         table.add_row(
@@ -107,4 +107,4 @@ def console(machine_reads: bool) -> Console:
 
 def _case(timing: Timing) -> str:
     phase = "decode" if timing.tokens == 1 else "prefill"
-    return f"{phase} {ROWS} × {timing.tokens}, {'mixed' if timing.mixed else 'one adapter'}"
+    return f"{phase} {ROWS}×{timing.tokens}, {'mixed' if timing.mixed else 'one adapter'}"

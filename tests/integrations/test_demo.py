@@ -12,13 +12,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
 from peft import PeftConfig, PeftModel
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lora_kernels
 from lora_kernels import demo
-from lora_kernels.demo import adapters, loading, measure, model, texts
+from lora_kernels.demo import adapters, loading, measure, model, report, texts
 from lora_kernels.testing import threads
 
 BRIEF = adapters.Training(steps=2, rows=2)
@@ -370,6 +371,20 @@ class TestCommand:
         assert "of all 9 rows are PEFT's" in out
         assert "of 14 LoRA layers" in out
         assert "decode" not in out
+
+    @pytest.mark.parametrize("spread, busy", ((1.1, False), (2.0, True)))
+    def test_times_fit_in_80_columns(self, spread, busy, capsys):
+        timings = [
+            measure.Timing(tokens, mixed, 14.4, 18.3, 12.5, 12.06, 0.67, spread, rounds)
+            for rounds, (tokens, mixed) in enumerate(measure.CASES, 5)
+        ]
+        result = report.Result("", "", 2, "torch: AVX512; kernels: amx", 210, 210, "", [], timings)
+        Console(width=80).print(report.times(result))
+        out = capsys.readouterr().out
+        assert "…" not in out
+        assert "18300 (12.06×)" in out
+        assert "Medians of 5 to 8 rounds, in turns, on 2 threads" in out
+        assert ("busy" in out) is busy
 
     def test_other_tokens_than_pefts(self, tiny, eight, capsys, monkeypatch):
         patch = lora_kernels.patch
