@@ -61,36 +61,37 @@ float* floats(Buffer& buffer, int64_t count) { return reinterpret_cast<float*>(b
 
 // A tensor [..., columns] as rows with contiguous columns; copied if it does not lie so.
 struct Matrix {
-  Tensor tensor;
   DType dtype;
   int64_t rows = 1, columns, stride;
-  bool copied = false;
+  void* data;
+  OptionalTensor copy;
 
-  explicit Matrix(const Tensor& t) : tensor(t), dtype(dtype_of(t)) {
-    STD_TORCH_CHECK(t.dim() >= 1, "a scalar has no rows");
-    if (!lies_in_rows()) {
-      tensor = compact(t);
-      copied = true;
-      lies_in_rows();
+  explicit Matrix(const Tensor& t) : dtype(dtype_of(t)) {
+    STD_TORCH_CHECK(t.is_cpu(), "not on the CPU");
+    if (lies_in_rows(t)) {
+      data = t.data_ptr();
+    } else {
+      copy = torch::stable::contiguous(t);
+      lies_in_rows(*copy);
+      data = copy->data_ptr();
     }
   }
 
-  bool lies_in_rows() {
-    auto sizes = tensor.sizes(), strides = tensor.strides();
-    int64_t last = tensor.dim() - 1;
-    columns = sizes[last];
+  bool lies_in_rows(const Tensor& t) {
+    auto sizes = t.sizes(), strides = t.strides();
+    int64_t last = int64_t(sizes.size()) - 1;
+    STD_TORCH_CHECK(last >= 0, "a scalar has no rows");
+    columns = stride = sizes[last];
     rows = 1;
-    stride = columns;
     if (columns > 1 && strides[last] != 1) return false;
     bool first = true;
     int64_t expected = 0;
     for (int64_t d = last - 1; d >= 0; --d) {
       if (sizes[d] == 1) continue;
-      if (first) {
+      if (first)
         stride = strides[d];
-      } else if (strides[d] != expected && rows > 0 && sizes[d] > 0) {
+      else if (strides[d] != expected && rows > 0 && sizes[d] > 0)
         return false;
-      }
       first = false;
       expected = strides[d] * sizes[d];
       rows *= sizes[d];
@@ -98,21 +99,22 @@ struct Matrix {
     return true;
   }
 
-  void* data() const { return tensor.data_ptr(); }
   Rows view(int64_t column, const int32_t* index, int divisor) const {
-    return {static_cast<char*>(data()) + column * element_size(dtype), dtype, stride, index, divisor};
+    return {static_cast<char*>(data) + column * element_size(dtype), dtype, stride, index, divisor};
   }
 };
 
 // A matrix the op writes: no two elements at one address, and copied back if it had to be copied.
 struct Output : Matrix {
-  Tensor original;
+  const Tensor& original;
   explicit Output(const Tensor& t) : Matrix(t), original(t) {
     auto sizes = t.sizes(), strides = t.strides();
-    for (int64_t d = 0; d < t.dim(); ++d) STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, "y is expanded");
+    for (size_t d = 0; d < sizes.size(); ++d) STD_TORCH_CHECK(sizes[d] < 2 || strides[d] != 0, "y is expanded");
   }
   void finish() {
-    if (copied) torch::stable::copy_(original, tensor);
+    if (!copy) return;
+    Tensor to = original;
+    torch::stable::copy_(to, *copy);
   }
 };
 
@@ -120,7 +122,7 @@ struct Output : Matrix {
 struct Factors {
   std::vector<Factor> table;  // [S, L]
   std::vector<int64_t> widths;  // of each slice
-  std::vector<Tensor> keep;
+  std::vector<Tensor> copies;
   int64_t slices = 1, adapters = 0, padded_rank = 0, total = 0;
 
   // rank_dim: 0 for A ([rank, K]), 1 for B ([N, rank]), counted in the matrix of one adapter.
@@ -131,18 +133,19 @@ struct Factors {
     adapters = stacked ? tensors[0].size(0) : tensors.size();
     DType dtype = dtype_of(tensors[0]);
     table.reserve(slices * adapters);
+    copies.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i) {
-      Tensor t = tensors[i];
-      STD_TORCH_CHECK(t.is_cpu() && t.dim() == (stacked ? 3 : 2) && dtype_of(t) == dtype, "factors differ");
-      int64_t first = t.dim() - 2;
-      auto sizes = t.sizes();
+      const Tensor* t = &tensors[i];
+      auto sizes = t->sizes(), strides = t->strides();
+      STD_TORCH_CHECK(t->is_cpu() && sizes.size() == (stacked ? 3 : 2) && dtype_of(*t) == dtype, "factors differ");
+      size_t first = sizes.size() - 2;
       int64_t rank = sizes[first + rank_dim], width = sizes[first + 1 - rank_dim];
-      auto strides = t.strides();
-      if (sizes[first] > 1 && sizes[first + 1] > 1 && strides[first] != 1 && strides[first + 1] != 1) {
-        t = compact(t);
-        strides = t.strides();
+      if (rank > 1 && width > 1 && strides[first] != 1 && strides[first + 1] != 1) {
+        copies.push_back(torch::stable::contiguous(*t));
+        t = &copies.back();
+        strides = t->strides();
       }
-      Factor factor{t.data_ptr(), dtype, int(rank), strides[first + rank_dim], strides[first + 1 - rank_dim]};
+      Factor factor{t->data_ptr(), dtype, int(rank), strides[first + rank_dim], strides[first + 1 - rank_dim]};
       if (rank <= 1) factor.rank_stride = factor.stride == 1 ? width : 1;
       if (width <= 1) factor.stride = factor.rank_stride == 1 ? rank : 1;
       STD_TORCH_CHECK(rank <= kMaxRank, "rank over ", kMaxRank);
@@ -161,7 +164,6 @@ struct Factors {
         total += width;
       }
       padded_rank = std::max(padded_rank, rank);
-      keep.push_back(t);
     }
   }
 
@@ -184,19 +186,25 @@ struct Factors {
 
 // s of every slice and adapter.
 struct Scales {
-  std::vector<float> values;  // [S, L]
+  float scale;
+  OptionalTensor scaling;
+  const float* values = nullptr;
+  bool per_slice = false;
   int64_t adapters;
-  Scales(const OptionalTensor& scaling, double scale, int64_t slices, int64_t adapters_)
-      : values(slices * adapters_, float(scale)), adapters(adapters_) {
-    if (!scaling) return;
-    STD_TORCH_CHECK(scaling->scalar_type() == ScalarType::Float && scaling->is_cpu(), "scaling");
-    Tensor t = compact(*scaling);
-    bool per_slice = t.dim() == 2;
-    STD_TORCH_CHECK(per_slice ? t.size(0) == slices && t.size(1) == adapters : t.dim() == 1 && t.size(0) == adapters, "scaling");
-    const float* s = static_cast<const float*>(t.data_ptr());
-    for (size_t i = 0; i < values.size(); ++i) values[i] *= s[per_slice ? i : i % adapters];
+  Scales(const OptionalTensor& given, double scale_, int64_t slices, int64_t adapters_)
+      : scale(float(scale_)), adapters(adapters_) {
+    if (!given) return;
+    STD_TORCH_CHECK(given->scalar_type() == ScalarType::Float && given->is_cpu(), "scaling");
+    scaling = compact(*given);
+    auto sizes = scaling->sizes();
+    per_slice = sizes.size() == 2;
+    STD_TORCH_CHECK(per_slice ? sizes[0] == slices && sizes[1] == adapters : sizes.size() == 1 && sizes[0] == adapters,
+                    "scaling");
+    values = static_cast<const float*>(scaling->data_ptr());
   }
-  float at(int64_t slice, int64_t adapter) const { return values[slice * adapters + adapter]; }
+  float at(int64_t slice, int64_t adapter) const {
+    return values ? scale * values[per_slice ? slice * adapters + adapter : adapter] : scale;
+  }
 };
 
 // A run of pairs of one adapter; pairs == nullptr: the rows from `first` on.
@@ -223,10 +231,11 @@ void read_ids(const Tensor& ids, const OptionalTensor& indptr, int64_t rows, int
   for (int64_t i = 0; i < count; ++i) std::fill(out.begin() + bounds[i], out.begin() + bounds[i + 1], int32_t(p[i]));
 }
 
-// Ids of the pairs, from either form; checked.
-std::vector<int32_t> pair_ids(Tensor ids, OptionalTensor indptr, int64_t rows, int64_t adapters) {
-  STD_TORCH_CHECK(ids.is_cpu() && (ids.dim() == 1 || (ids.dim() == 2 && !indptr)), "ids");
-  ids = compact(ids);
+// Ids of the pairs, from either form; checked. The vector is the thread's, valid until the next call.
+const std::vector<int32_t>& pair_ids(const Tensor& given, OptionalTensor indptr, int64_t rows, int64_t adapters) {
+  thread_local std::vector<int32_t> out;
+  STD_TORCH_CHECK(given.is_cpu() && (given.dim() == 1 || (given.dim() == 2 && !indptr)), "ids");
+  Tensor ids = compact(given);
   if (indptr) {
     STD_TORCH_CHECK(indptr->is_cpu() && indptr->dim() == 1 && indptr->numel() == ids.numel() + 1 &&
                         indptr->scalar_type() == ids.scalar_type(),
@@ -235,10 +244,10 @@ std::vector<int32_t> pair_ids(Tensor ids, OptionalTensor indptr, int64_t rows, i
   } else {
     STD_TORCH_CHECK(rows < 0 || ids.size(0) == rows, "ids");
   }
-  std::vector<int32_t> out;
-  if (ids.scalar_type() == ScalarType::Int)
+  auto dtype = ids.scalar_type();
+  if (dtype == ScalarType::Int)
     read_ids<int32_t>(ids, indptr, rows, adapters, out);
-  else if (ids.scalar_type() == ScalarType::Long)
+  else if (dtype == ScalarType::Long)
     read_ids<int64_t>(ids, indptr, rows, adapters, out);
   else
     STD_TORCH_CHECK(false, "ids");
@@ -251,16 +260,17 @@ void sort_pairs(const std::vector<int32_t>& ids, int64_t adapters, int32_t* boun
   for (int32_t id : ids)
     if (id >= 0) ++bounds[id + 1];
   for (int64_t l = 0; l < adapters; ++l) bounds[l + 1] += bounds[l];
-  std::vector<int32_t> next(bounds, bounds + adapters);
+  // bounds[l] walks to the end of run l while it fills, then every bound moves back by one run.
   for (size_t i = 0; i < ids.size(); ++i)
-    if (ids[i] >= 0) order[next[ids[i]]++] = int32_t(i);
+    if (ids[i] >= 0) order[bounds[ids[i]]++] = int32_t(i);
+  for (int64_t l = adapters; l > 0; --l) bounds[l] = bounds[l - 1];
+  bounds[0] = 0;
 }
 
 // Which pairs use which adapter.
 struct Routing {
   std::vector<int32_t> storage;
   std::vector<Group> groups;
-  Tensor keep;
   int64_t pairs;  // P
   int divisor = 1;  // k
 
@@ -276,7 +286,6 @@ struct Routing {
     const int32_t *bounds, *order;
     if (plan) {
       STD_TORCH_CHECK(plan->scalar_type() == ScalarType::Int && plan->is_cpu() && plan->is_contiguous(), "plan");
-      keep = *plan;
       const int32_t* table = static_cast<const int32_t*>(plan->data_ptr());
       int64_t capacity = plan->numel() - adapters - 3;
       STD_TORCH_CHECK(capacity >= 0 && table[1] == adapters, "plan of other adapters");
@@ -287,7 +296,7 @@ struct Routing {
       for (int64_t l = 0; l < adapters; ++l) STD_TORCH_CHECK(bounds[l] <= bounds[l + 1], "plan");
       for (int64_t i = 0; i < bounds[adapters]; ++i) STD_TORCH_CHECK(order[i] >= 0 && order[i] < pairs, "plan");
     } else {
-      std::vector<int32_t> of_pair = pair_ids(*ids, indptr, rows, adapters);
+      const std::vector<int32_t>& of_pair = pair_ids(*ids, indptr, rows, adapters);
       pairs = of_pair.size();
       storage.resize(adapters + 1 + of_pair.size());
       sort_pairs(of_pair, adapters, storage.data(), storage.data() + adapters + 1);
@@ -362,7 +371,7 @@ struct LowRank {
         kernels.shrink(rows, int(run.count), a, p * kPart, std::min((p + 1) * kPart, x->columns), p > part, v, rank,
                        scratch());
     } else {
-      const float* data = static_cast<const float*>(v_in->data()) + s * routing.pairs * v_in->stride;
+      const float* data = static_cast<const float*>(v_in->data) + s * routing.pairs * v_in->stride;
       for (int64_t i = 0; i < run.count; ++i)
         std::memcpy(v + i * rank, data + pair_of(run, i) * v_in->stride, live * sizeof(float));
     }
@@ -430,7 +439,8 @@ struct LowRank {
       mix(parallel);
       return;
     }
-    std::vector<Group> tasks = parallel ? runs() : routing.groups;
+    const std::vector<Group> cut = parallel ? runs() : std::vector<Group>();
+    const std::vector<Group>& tasks = parallel ? cut : routing.groups;
     if (parallel && int64_t(tasks.size()) < int64_t(torch::stable::get_num_threads())) {
       split(tasks);
       return;
@@ -518,7 +528,7 @@ struct LowRank {
   static void convert(const Matrix& y, int64_t column, int64_t columns, float* out, bool from_y) {
     // s · uᵀ w with one row each is a conversion; here plain loops do, since mixtures are bound by their factors.
     for (int64_t i = 0; i < y.rows; ++i) {
-      char* row = static_cast<char*>(y.data()) + (i * y.stride + column) * element_size(y.dtype);
+      char* row = static_cast<char*>(y.data) + (i * y.stride + column) * element_size(y.dtype);
       float* wide = out + i * 64;
       for (int64_t n = 0; n < columns; ++n) {
         switch (y.dtype) {
@@ -568,7 +578,6 @@ void lora_add(const Tensor& y, const Tensor& x, std::vector<Tensor> A, std::vect
   Matrix in(x);
   Output out(y);
   Factors a(A, 0), b(B, 1);
-  STD_TORCH_CHECK(x.is_cpu() && y.is_cpu() && a.slices == b.slices && in.dtype == dtype_of(x), "devices");
   check_same_form(a, b);
   for (int64_t width : a.widths) STD_TORCH_CHECK(width == in.columns, "A does not fit x");
   STD_TORCH_CHECK(b.total == out.columns && out.rows == in.rows, "y does not fit");
@@ -589,7 +598,6 @@ Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, O
                    OptionalTensor ranks, int64_t pairs) {
   Matrix in(x);
   Factors a(A, 0);
-  STD_TORCH_CHECK(x.is_cpu(), "devices");
   for (int64_t width : a.widths) STD_TORCH_CHECK(width == in.columns, "A does not fit x");
   a.set_ranks(ranks);
   int64_t k = in.rows ? pairs / in.rows : 1;
@@ -607,7 +615,7 @@ void lora_expand(const Tensor& y, const Tensor& v, std::vector<Tensor> B, Option
                  OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks, OptionalTensor weights, double scale) {
   Output out(y);
   Factors b(B, 1);
-  STD_TORCH_CHECK(y.is_cpu() && v.is_cpu() && v.scalar_type() == ScalarType::Float, "devices");
+  STD_TORCH_CHECK(v.scalar_type() == ScalarType::Float, "v dtype");
   STD_TORCH_CHECK(v.dim() == 3 && v.size(0) == b.slices && v.size(2) == b.padded_rank, "v does not fit B");
   Matrix in(compact(v));
   in.stride = b.padded_rank;
@@ -627,7 +635,6 @@ void lora_expand(const Tensor& y, const Tensor& v, std::vector<Tensor> B, Option
 Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTensor ids, OptionalTensor indptr,
                   OptionalTensor plan, OptionalTensor scaling, OptionalTensor weights, double scale, int64_t pairs) {
   Matrix left(u), right(w);
-  STD_TORCH_CHECK(u.is_cpu() && w.is_cpu(), "devices");
   int64_t rows = std::min(left.rows, right.rows);
   weights = checked_weights(weights, rows);
   Routing routing(ids, indptr, plan, rows, adapters, rows ? pairs / rows : 1);
@@ -660,7 +667,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
 void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, int64_t adapters) {
   STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Int && table.is_contiguous(), "table");
   int64_t capacity = table.numel() - adapters - 3;
-  std::vector<int32_t> of_pair = pair_ids(ids, indptr, indptr ? capacity : -1, adapters);
+  const std::vector<int32_t>& of_pair = pair_ids(ids, indptr, indptr ? capacity : -1, adapters);
   STD_TORCH_CHECK(indptr || int64_t(of_pair.size()) <= capacity, "the plan has too little room");
   int32_t* p = static_cast<int32_t*>(table.data_ptr());
   int64_t pairs = of_pair.size();

@@ -7,6 +7,7 @@ dispatcher's CPU key; the reference serves every device for which nothing faster
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 from collections.abc import Callable, Iterator
@@ -66,6 +67,11 @@ def forced_backend() -> str | None:
     return _forced.get()
 
 
+@functools.cache
+def _say_missing() -> None:
+    logger.warning("the compiled CPU kernels are missing, so ops run on the slower reference: %s", extension_error)
+
+
 class Op:
     """One registered op: calling it runs the backend chosen for its first tensor's device."""
 
@@ -79,6 +85,8 @@ class Op:
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
+        #: The dispatcher's own callable, without a Python frame around it.
+        self.direct = self.overload._op
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
         Op.registry[self.name] = self
@@ -91,6 +99,8 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         forced = _forced.get()
         if forced is None:
+            if extension_error is not None and not torch.compiler.is_compiling():
+                _say_missing()
             return self.overload(*args)
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         choice = choose(device, self.backends(), forced)

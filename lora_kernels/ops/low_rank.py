@@ -18,11 +18,12 @@ Source: Hu et al., LoRA (arXiv 2106.09685); Chen et al., Punica (arXiv 2310.1854
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from ..plan import BatchPlan
 from ..reference import low_rank as reference
@@ -30,6 +31,7 @@ from . import _check
 from ._dispatch import Op, extension_error, forced_backend
 
 Factors = Tensor | Sequence[Tensor]
+_compiled = extension_error is None
 
 
 def _out_features(B: Sequence[Tensor]) -> int:
@@ -87,25 +89,35 @@ def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
 
     The compiled kernels check everything they read before they write, so there ``check`` only words their refusal.
     """
-    compiled = extension_error is None and forced_backend() is None and not torch.compiler.is_compiling()
-    if not (compiled and isinstance(first, Tensor) and first.is_cpu):
-        check(*args)
-        return op(*args)
-    try:
-        return op.overload(*args)
-    except RuntimeError:
-        check(*args)
-        raise
+    if _compiled and forced_backend() is None and not is_compiling() and isinstance(first, Tensor) and first.is_cpu:
+        try:
+            return op.direct(*args)
+        except RuntimeError:
+            check(*args)
+            raise
+    check(*args)
+    return op(*args)
+
+
+def _write(op: Op, check: Callable[..., Any], args: tuple) -> Tensor:
+    """:func:`_call` for an op that writes y, its first argument; returns y."""
+    y = args[0]
+    _call(op, check, y, args)
+    if not is_compiling():
+        increment_version(y)
+    return y
 
 
 def _factors(value: Factors) -> Sequence[Tensor]:
     return (value,) if isinstance(value, Tensor) else value
 
 
-def _routing(adapter_ids: Tensor | BatchPlan | None) -> tuple[Tensor | None, Tensor | None]:
+def _routing(adapter_ids: Tensor | BatchPlan) -> tuple[Tensor | None, Tensor | None]:
     """(ids, plan table) of either form."""
     if isinstance(adapter_ids, BatchPlan):
         return None, adapter_ids.table
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(f"adapter_ids must be a tensor or a BatchPlan, got {type(adapter_ids).__name__}")
     return adapter_ids, None
 
 
@@ -132,24 +144,13 @@ def _scaling(scaling: Any) -> tuple[float, Tensor | None]:
 
 def _refuse_grad(name: str, instead: str, *tensors: Any) -> None:
     """In-place functions are not differentiable."""
-    if torch.is_grad_enabled():
-        for t in tensors:
-            for one in (t,) if isinstance(t, Tensor) else t or ():
-                if isinstance(one, Tensor) and one.requires_grad:
-                    _raise_grad(name, instead)
-
-
-def _raise_grad(name: str, instead: str) -> NoReturn:
-    raise RuntimeError(
-        f"{name} works in place and is not differentiable, but one of its tensors requires grad: "
-        f"use lora_kernels.{instead}, or call it under torch.no_grad()"
-    )
-
-
-def _written(y: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
-        increment_version(y)
-    return y
+    for t in tensors:
+        for one in (t,) if isinstance(t, Tensor) else t or ():
+            if isinstance(one, Tensor) and one.requires_grad:
+                raise RuntimeError(
+                    f"{name} works in place and is not differentiable, but one of its tensors requires grad: "
+                    f"use lora_kernels.{instead}, or call it under torch.no_grad()"
+                )
 
 
 def bgmv(
@@ -182,11 +183,9 @@ def bgmv(
     A, B = _factors(A), _factors(B)
     ids, plan = _routing(adapter_ids)
     scale, scaling = _scaling(scaling)
-    if ids is None and plan is None:
-        _check.tensor("adapter_ids", adapter_ids)
-    _refuse_grad("bgmv", "multi_lora", y, x, A, B, weights)
-    _call(lora_add_, _check.add, y, (y, x, A, B, ids, None, plan, scaling, ranks, weights, scale))
-    return _written(y)
+    if torch.is_grad_enabled():
+        _refuse_grad("bgmv", "multi_lora", y, x, A, B, weights)
+    return _write(lora_add_, _check.add, (y, x, A, B, ids, None, plan, scaling, ranks, weights, scale))
 
 
 def sgmv(
@@ -218,9 +217,9 @@ def sgmv(
     A, B = _factors(A), _factors(B)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
     scale, scaling = _scaling(scaling)
-    _refuse_grad("sgmv", "multi_lora", y, x, A, B)
-    _call(lora_add_, _check.add, y, (y, x, A, B, ids, indptr, plan, scaling, ranks, None, scale))
-    return _written(y)
+    if torch.is_grad_enabled():
+        _refuse_grad("sgmv", "multi_lora", y, x, A, B)
+    return _write(lora_add_, _check.add, (y, x, A, B, ids, indptr, plan, scaling, ranks, None, scale))
 
 
 def bgmv_shrink(x: Tensor, A: Factors, adapter_ids: Tensor | BatchPlan, *, ranks: Tensor | None = None) -> Tensor:
@@ -234,9 +233,8 @@ def bgmv_shrink(x: Tensor, A: Factors, adapter_ids: Tensor | BatchPlan, *, ranks
     """
     A = _factors(A)
     ids, plan = _routing(adapter_ids)
-    if ids is None and plan is None:
-        _check.tensor("adapter_ids", adapter_ids)
-    _refuse_grad("bgmv_shrink", "multi_lora", x, A)
+    if torch.is_grad_enabled():
+        _refuse_grad("bgmv_shrink", "multi_lora", x, A)
     return _shrink(x, A, ids, None, plan, ranks)
 
 
@@ -251,7 +249,8 @@ def sgmv_shrink(
     """:func:`bgmv_shrink` by segments, as :func:`sgmv` takes them."""
     A = _factors(A)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
-    _refuse_grad("sgmv_shrink", "multi_lora", x, A)
+    if torch.is_grad_enabled():
+        _refuse_grad("sgmv_shrink", "multi_lora", x, A)
     return _shrink(x, A, ids, indptr, plan, ranks)
 
 
@@ -286,12 +285,10 @@ def bgmv_expand(
     """
     B = _factors(B)
     ids, plan = _routing(adapter_ids)
-    if ids is None and plan is None:
-        _check.tensor("adapter_ids", adapter_ids)
-    _refuse_grad("bgmv_expand", "multi_lora", y, v, B)
+    if torch.is_grad_enabled():
+        _refuse_grad("bgmv_expand", "multi_lora", y, v, B)
     scale, scaling = _scaling(scaling)
-    _call(lora_expand_, _check.expand, y, (y, v, B, ids, None, plan, scaling, ranks, None, scale))
-    return _written(y)
+    return _write(lora_expand_, _check.expand, (y, v, B, ids, None, plan, scaling, ranks, None, scale))
 
 
 def sgmv_expand(
@@ -307,10 +304,10 @@ def sgmv_expand(
     """:func:`bgmv_expand` by segments, as :func:`sgmv` takes them."""
     B = _factors(B)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
-    _refuse_grad("sgmv_expand", "multi_lora", y, v, B)
+    if torch.is_grad_enabled():
+        _refuse_grad("sgmv_expand", "multi_lora", y, v, B)
     scale, scaling = _scaling(scaling)
-    _call(lora_expand_, _check.expand, y, (y, v, B, ids, indptr, plan, scaling, ranks, None, scale))
-    return _written(y)
+    return _write(lora_expand_, _check.expand, (y, v, B, ids, indptr, plan, scaling, ranks, None, scale))
 
 
 def multi_lora(
@@ -339,8 +336,6 @@ def multi_lora(
     """
     A, B = _factors(A), _factors(B)
     ids, plan = _routing(adapter_ids)
-    if ids is None and plan is None:
-        _check.tensor("adapter_ids", adapter_ids)
     scale, scaling = _scaling(scaling)
     return _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale)
 
