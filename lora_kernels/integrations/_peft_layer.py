@@ -9,10 +9,8 @@ same in words.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,17 +21,15 @@ from torch.compiler import is_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 from torch.nn.modules import module as _globals
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
-from ..plan import BatchPlan
 from ..select import choose
+from ._peft_batch import NAMES, Names, scaling_tensor
 
 logger = logging.getLogger("lora_kernels")
 
-BASE = "__base__"  # PEFT's name for a sample without an adapter
 DISABLED = "base layer only: adapters disabled"
 MERGED = "base layer only: adapters merged"
 INACTIVE = "base layer only: no active adapter here"
@@ -52,6 +48,8 @@ class FusedMixin:
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         """PEFT's ``forward``: the same results, errors and dtype."""
+        if adapter_names is None:
+            adapter_names = self.__dict__.get(NAMES)
         refusal = None
         if not (args or kwargs):
             try:
@@ -66,6 +64,8 @@ class FusedMixin:
         if refusal is not None and slow_reason(self, x) is None:
             _warn_once(refusal)
         return y
+
+    forward.takes_names = True  # type: ignore[attr-defined]
 
 
 class FusedLinear(FusedMixin, PeftLinear):
@@ -107,13 +107,14 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     if type(weight) is not Parameter:
         return None
 
-    active, table = d["_active_adapter"], None
-    if names is not None:
-        if compiling:
-            return None
-        active, table = _routing_of(modules, x, names)
     grad = torch.is_grad_enabled()
-    factors = _factors(d, modules, (active,) if type(active) is str else active, grad)
+    if names is None:
+        table, active = None, d["_active_adapter"]
+        factors = _active(d, modules, (active,) if type(active) is str else active, grad)
+    elif compiling:
+        return None
+    else:
+        table, factors = _mixed(d, modules, x, names, grad)
     if factors is None:
         return None
     A, B, scales = factors
@@ -131,7 +132,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         if grad:
             return _LoRALinear.apply(x, weight, bias, scale, A[0], B[0])
     elif scales.count(scale) != len(scales):
-        scale, scaling = 1.0, _scaling(tuple(scales), x.device)
+        scale, scaling = 1.0, scaling_tensor(tuple(scales), x.device)
     y = linear(x, weight, bias)
     if grad:
         return _multi_lora(x, A, B, None, table, scaling, None, None, y, scale)
@@ -167,7 +168,7 @@ def _altered(d: dict) -> Any:
 
 
 def _factors(d: dict, modules: dict, names: Any, grad: bool) -> tuple[list[Tensor], list[Tensor], list[float]] | None:
-    """(A, B, s) of those adapters that this layer has; None where it has none or one needs PEFT's forward.
+    """(A, B, s) of these adapters; None where there are none or one needs PEFT's forward.
 
     ``grad``: whether grad mode is on, without which backward hooks are never called.
     """
@@ -177,8 +178,6 @@ def _factors(d: dict, modules: dict, names: Any, grad: bool) -> tuple[list[Tenso
     B: list[Tensor] = []
     scales: list[float] = []
     for name in names:
-        if name not in lora_A:
-            continue
         a, b, dropout, scale = lora_A[name], lora_B[name], dropouts[name], scaling[name]
         a_, b_, dropout_ = a.__dict__, b.__dict__, dropout.__dict__
         if (
@@ -210,6 +209,31 @@ def _factors(d: dict, modules: dict, names: Any, grad: bool) -> tuple[list[Tenso
     return (A, B, scales) if A else None
 
 
+def _active(d: dict, modules: dict, names: Any, grad: bool) -> Any:
+    """The factors of those active adapters that this layer has."""
+    try:
+        return _factors(d, modules, names, grad)
+    except KeyError:
+        lora_A = modules["lora_A"]._modules
+        return _factors(d, modules, [name for name in names if name in lora_A], grad)
+
+
+def _mixed(d: dict, modules: dict, x: Tensor, names: Any, grad: bool) -> tuple[Tensor | None, Any]:
+    """(plan table, factors) of a batch whose samples have the adapters ``names``."""
+    shape = x.shape
+    if len(shape) < 2 or not shape[-1] or len(names) != shape[0]:
+        return None, None
+    if type(names) is not Names:
+        names = Names(names)
+    rows = x.numel() // shape[-1]
+    adapters, table = names.routing(rows, x)
+    try:
+        return table, _factors(d, modules, adapters, grad)
+    except KeyError:  # this layer lacks one of them
+        adapters, table = names.among(modules["lora_A"]._modules).routing(rows, x)
+        return table, _factors(d, modules, adapters, grad)
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -222,45 +246,6 @@ def _concatenated(A: list[Tensor], B: list[Tensor], scales: list[float]) -> tupl
         B = [b.float() * s for b, s in zip(B, scales, strict=True)]
         scale = 1.0
     return [torch.cat(A)], [torch.cat(B, 1)], scale
-
-
-def _routing_of(modules: dict, x: Tensor, names: Any) -> tuple[tuple[str, ...], Tensor | None]:
-    """(adapters, plan table) of PEFT's ``adapter_names``; samples whose adapter this layer lacks get none."""
-    shape, lora_A = x.shape, modules["lora_A"]._modules
-    if len(shape) < 2 or len(names) != shape[0]:
-        return (), None
-    rows, names = shape[:-1].numel(), tuple(names)
-    routing = _routing(names, rows, x.device)
-    for name in routing[0]:
-        if name not in lora_A:
-            return _routing(tuple(n if n in lora_A else BASE for n in names), rows, x.device)
-    return routing
-
-
-@functools.lru_cache(maxsize=16)
-def _routing(names: tuple[str, ...], rows: int, device: torch.device) -> tuple[tuple[str, ...], Tensor | None]:
-    """(adapters, plan table), made once for all layers and steps; no table where one adapter has every row."""
-    adapters = tuple(dict.fromkeys(n for n in names if n != BASE))
-    if not adapters or (len(adapters) == 1 and BASE not in names):
-        return adapters, None
-    slot = {name: i for i, name in enumerate(adapters)}
-    with _plain_tensors():
-        ids = torch.tensor([slot.get(n, -1) for n in names], dtype=torch.int32)
-        ids = ids.repeat_interleave(rows // len(names)).to(device)
-        return adapters, BatchPlan.from_ids(ids, len(adapters)).table
-
-
-@functools.lru_cache(maxsize=64)
-def _scaling(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    with _plain_tensors():
-        return torch.tensor(scales, dtype=torch.float32, device=device)
-
-
-@contextlib.contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Tensors that outlive the call they are made in: autograd may save them, no mode has a hand in them."""
-    with torch.inference_mode(False), _disable_current_modes():
-        yield
 
 
 def slow_reason(layer: Any, x: Tensor | None = None) -> str | None:

@@ -19,9 +19,11 @@ from torch.nn import Module
 try:
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.model import LoraModel
 except ImportError as error:
     raise ImportError("lora_kernels.patch needs PEFT: pip install 'lora_kernels[peft]'") from error
 
+from ._peft_batch import FusedLoraModel, FusedModelMixin
 from ._peft_layer import BASE_ONLY, FusedLinear, FusedMixin, class_reason, slow_reason
 
 logger = logging.getLogger("lora_kernels")
@@ -58,9 +60,9 @@ def patch(model: Module, *, strict: bool = False) -> Handle:
     if len(slow) == len(layers):
         reason, count = Counter(slow.values()).most_common(1)[0]
         logger.warning("patch: none of the %d LoRA layers runs fast; %d: %s", len(layers), count, reason)
-    for layer in layers.values():
-        if class_reason(type(layer)) is None:
-            layer.__class__ = _fused(type(layer))  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, LoraModel) or (isinstance(module, LoraLayer) and class_reason(type(module)) is None):
+            module.__class__ = _fused(type(module))  # type: ignore[arg-type]
     return Handle(model)
 
 
@@ -68,22 +70,24 @@ def _lora_layers(model: Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel}  # importable, so that a patched model can be pickled
+
+
 @functools.cache
 def _fused(cls: type) -> type:
-    """The class with the fast forward: a fixed, picklable one for PEFT's own ``Linear``."""
-    if issubclass(cls, FusedMixin):
+    """The class over ``cls`` that runs fast."""
+    mixin = FusedModelMixin if issubclass(cls, LoraModel) else FusedMixin
+    if issubclass(cls, mixin):
         return cls
-    if cls is PeftLinear:
-        return FusedLinear
-    return type(f"Fused{cls.__name__}", (FusedMixin, cls), {"__module__": cls.__module__})
+    return _FIXED.get(cls) or type(f"Fused{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
 
 
 def _unfused(cls: type) -> type:
     """The class that :func:`_fused` was given; where a wrapper (FSDP, parametrize) derived from its result, the same
     wrapper over that class."""
-    if not issubclass(cls, FusedMixin):
+    if not issubclass(cls, (FusedMixin, FusedModelMixin)):
         return cls
-    if cls.__bases__[0] is FusedMixin:
+    if cls.__bases__[0] in (FusedMixin, FusedModelMixin):
         return cls.__bases__[1]
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, tuple(_unfused(base) for base in cls.__bases__), own)
@@ -113,8 +117,9 @@ class Handle:
 
     def unpatch(self) -> None:
         """Give every layer its class back; a second call finds nothing to do."""
-        for layer in _lora_layers(self.model).values():
-            layer.__class__ = _unfused(type(layer))
+        for module in self.model.modules():
+            if isinstance(module, (FusedMixin, FusedModelMixin)):
+                module.__class__ = _unfused(type(module))
 
     def __repr__(self) -> str:
         report = self.report()

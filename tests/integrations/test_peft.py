@@ -20,7 +20,7 @@ from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
-from lora_kernels.integrations import _peft_layer  # noqa: E402
+from lora_kernels.integrations import _peft_batch, _peft_layer  # noqa: E402
 from lora_kernels.integrations.peft import FAST, FusedLinear, FusedMixin  # noqa: E402
 from lora_kernels.ops import _dispatch  # noqa: E402
 
@@ -357,7 +357,7 @@ class TestMixedBatch:
 
         inner = plan.lora_plan_
         monkeypatch.setattr(plan, "lora_plan_", lambda *args: (plans.append(args), inner(*args))[1])
-        _peft_layer._routing.cache_clear()
+        _peft_batch._routing.cache_clear()
         names = ["default", "one", "__base__", "default"]
         with torch.no_grad():
             for _ in range(3):
@@ -379,12 +379,53 @@ class TestMixedBatch:
 
     def test_plan_made_under_inference_mode_serves_autograd(self):
         oracle, model, _ = both(adapters())
-        _peft_layer._routing.cache_clear()
-        _peft_layer._scaling.cache_clear()
+        _peft_batch._routing.cache_clear()
+        _peft_batch.scaling_tensor.cache_clear()
         x, names = torch.randn(4, K), BATCHES[0]
         with torch.inference_mode():
             model(x, adapter_names=names)
         close(trained(model, x, adapter_names=names)[1], trained(oracle, x, adapter_names=names)[1])
+
+    def test_layers_get_the_names_without_hooks(self, calls):
+        model = adapters()
+        lk.patch(model)
+        up = _up(model)
+        before = dict(up.__dict__)
+        with torch.no_grad(), model._enable_peft_forward_hooks(adapter_names=["low"] * 4):
+            assert not up._forward_pre_hooks
+            low = up(torch.ones(4, K))
+            with model._enable_peft_forward_hooks(adapter_names=["pattern"] * 4):
+                pattern = up(torch.ones(4, K))
+            assert torch.equal(up(torch.ones(4, K)), low)
+            assert not torch.equal(pattern, low)
+        assert calls.take() == (3, 0)
+        with pytest.raises(ZeroDivisionError), model._enable_peft_forward_hooks(adapter_names=["low"] * 4):
+            raise ZeroDivisionError
+        assert up.__dict__ == before
+
+    def test_modules_that_are_not_fast_get_them_as_hooks(self, calls):
+        class Mixed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.up, self.down, self.head = nn.Embedding(9, K), *(nn.Linear(K, K) for _ in range(3))
+
+            def forward(self, ids):
+                return self.head(self.down(self.up(self.embed(ids))))
+
+        targets = ("embed", "up", "down")
+        model = get_peft_model(Mixed(), config(targets=targets, modules_to_save=["head"]))
+        model.add_adapter("other", config(r=2, targets=targets, modules_to_save=["head"]))
+        nn.init.normal_(model.base_model.model.head.modules_to_save["other"].weight)
+        oracle, model, _ = both(model.eval())
+        for m in (oracle, model):
+            _instance_forward(m.base_model.model.down)
+        ids, names = torch.arange(8).view(4, 2), ["default", "other", "__base__", "other"]
+        with torch.no_grad():
+            expected = oracle(ids, adapter_names=names)
+            close(model(ids, adapter_names=names), expected)
+            assert not torch.allclose(expected, oracle(ids, adapter_names=names[::-1]))
+        assert calls.take() == (2, 0)
+        assert not any(m._forward_pre_hooks for m in model.modules())
 
     def test_peft_errors(self):
         oracle, model, _ = both(adapters())
@@ -517,6 +558,7 @@ class TestState:
         assert calls.take() == (2, 0)
         second.unpatch()
         assert {type(m) for m in model.modules() if isinstance(m, PeftLinear)} == {PeftLinear}
+        assert type(model.base_model) is peft.LoraModel
 
     def test_deepcopy_and_pickle(self, pair, calls):
         x = torch.randn(4, K)
@@ -715,7 +757,7 @@ def _hook(module):
 
 
 def _instance_forward(module):
-    module.forward = lambda x, f=module.forward: f(x) * 1.5
+    module.forward = lambda x, f=module.forward, **kwargs: f(x, **kwargs) * 1.5
 
 
 class _Doubling(nn.Linear):
