@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import lora_kernels
 
 from ..ops._dispatch import extension_error
+from ..testing import ratio, take_turns
 from .model import quiet
 
 BASE = "__base__"
@@ -105,10 +107,9 @@ def times(
     """
     for weight in peft_model.parameters():
         weight.data = weight.data.to(torch.bfloat16)
-    shared = {id(weight): weight for weight in peft_model.parameters()}
-    fast = copy.deepcopy(peft_model, dict(shared))
+    fast = twin(peft_model)
     with quiet():
-        base = copy.deepcopy(peft_model, dict(shared)).unload()
+        base = twin(peft_model).unload()
     peft_model.set_adapter(names[0])
     fast.set_adapter(names[0])
     handle = lora_kernels.patch(fast)
@@ -123,41 +124,49 @@ def times(
         handle.unpatch()
 
 
+def twin(model: Any) -> Any:
+    """A copy of ``model`` with the same parameters, not copies of them."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+
+
 @torch.no_grad()
-def _time_case(base: Any, peft_model: Any, fast: Any, tokens: int, names: list[str] | None, seconds: float) -> Timing:
+def stepper(base: Any, tokens: int) -> Callable[[Any], float]:
+    """What runs one step of :func:`times` with a model of ``base``'s shape and returns how long it took, in seconds."""
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(0, base.config.vocab_size, (ROWS, CACHED), generator=generator)
     ids = torch.randint(0, base.config.vocab_size, (ROWS, tokens), generator=generator)
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     cache = base(input_ids=prefix, use_cache=True, **last).past_key_values if tokens == 1 else None
 
+    @torch.no_grad()
     def step(model: Any) -> float:
         past = copy.deepcopy(cache)
         start = time.perf_counter()
         model(input_ids=ids, past_key_values=past, use_cache=True, **last)
         return time.perf_counter() - start
 
+    return step
+
+
+def _time_case(base: Any, peft_model: Any, fast: Any, tokens: int, names: list[str] | None, seconds: float) -> Timing:
+    step = stepper(base, tokens)
     with contextlib.ExitStack() as stack:
         for model in (peft_model, fast):
             if names is not None:
                 stack.enter_context(model._enable_peft_forward_hooks(adapter_names=names))
         models = [base, peft_model.get_base_model(), fast.get_base_model()]
-        for model in models:
-            step(model)
-        taken: list[list[float]] = [[], [], []]
-        end = time.perf_counter() + seconds
-        for i in range(MOST_ROUNDS):
-            if i >= FEWEST_ROUNDS and time.perf_counter() > end:
-                break
-            for j in range(3):
-                taken[(i + j) % 3].append(step(models[(i + j) % 3]))
-    ratios = [[other / own for other, own in zip(row, taken[0], strict=True)] for row in taken[1:]]
-    medians = dict(
-        zip(
-            ("base", "peft", "patched", "peft_ratio", "patched_ratio"),
-            map(statistics.median, [*taken, *ratios]),
-            strict=True,
+        taken = take_turns(
+            [partial(step, model) for model in models], fewest=FEWEST_ROUNDS, most=MOST_ROUNDS, seconds=seconds
         )
-    )
     first, _, third = statistics.quantiles(taken[0], n=4, method="inclusive")
-    return Timing(tokens, names is not None, **medians, spread=third / first, rounds=len(taken[0]))
+    return Timing(
+        tokens,
+        names is not None,
+        base=statistics.median(taken[0]),
+        peft=statistics.median(taken[1]),
+        patched=statistics.median(taken[2]),
+        peft_ratio=ratio(taken[1], taken[0])[0],
+        patched_ratio=ratio(taken[2], taken[0])[0],
+        spread=third / first,
+        rounds=len(taken[0]),
+    )

@@ -1,4 +1,5 @@
-"""What tests, ``lora-kernels check`` and the benchmarks share: samples of every op, fp64 oracles, the error rule.
+"""What tests, ``lora-kernels check`` and the benchmarks share: samples of every op, fp64 oracles, the error rule,
+times taken in turns.
 
 A sample is one call of an op with everything that goes into it; an oracle computes the same call in float64 straight
 from the formula, one row at a time, and shares no code with the package; ``plain`` computes it the way one writes it in
@@ -18,6 +19,7 @@ from .low_rank import (
     shrink_oracle,
 )
 from .numerics import Sample, assert_within_rule, bitwise_equal, poison, rms, threads
+from .timing import ratio, take_turns
 
 __all__ = [
     "LOW_RANK_DTYPES",
@@ -33,7 +35,9 @@ __all__ = [
     "low_rank_samples",
     "low_rank_terms",
     "poison",
+    "ratio",
     "rms",
     "shrink_oracle",
+    "take_turns",
     "threads",
 ]
