@@ -169,7 +169,8 @@ CASES = {
     "segments: floats": (BY_SEGMENT, TypeError, "seg_indptr must be int32 or int64", {"seg_indptr": INDPTR.float()}),
     "segments: not from 0": (BY_SEGMENT, ValueError, "seg_indptr must start at 0, got 1", {"seg_indptr": INDPTR + 1}),
     "segments: falling": (
-        BY_SEGMENT, ValueError, "seg_indptr must not fall, got 3 then 2 at 1", {"seg_indptr": torch.tensor([0, 3, 2, 5])}
+        BY_SEGMENT, ValueError, "seg_indptr must not fall, got 3 then 2 at 1",
+        {"seg_indptr": torch.tensor([0, 3, 2, 5])},
     ),
     "segments: past the rows": (
         BY_SEGMENT, ValueError, "seg_indptr ends at row 7", {"seg_indptr": torch.tensor([0, 2, 2, 7])}
@@ -202,7 +203,7 @@ CASES = {
     "scaling: too few": (HAS_Y, ValueError, "scaling must be", {"scaling": torch.ones(L - 1)}),
     "scaling: a scalar tensor": (HAS_Y, ValueError, "scaling must be", {"scaling": torch.tensor(2.0)}),
     "scaling: on meta": (HAS_Y, ValueError, "scaling is on meta", {"scaling": meta(L)}),
-    "weights: without a mixture": (("bgmv", "multi_lora"), ValueError, "weights must be", {"weights": torch.ones(M, 2)}),
+    "weights: no mixture": (("bgmv", "multi_lora"), ValueError, "weights must be", {"weights": torch.ones(M, 2)}),
     "weights: a vector": (("bgmv", "multi_lora"), ValueError, "weights must be", {"weights": torch.ones(M)}),
     "weights: not a tensor": (("bgmv", "multi_lora"), TypeError, "weights must be a tensor", {"weights": 1.0}),
     "weights: too few": (

@@ -247,3 +247,14 @@ def test_never_builds_the_weight(backend):
     for grad in (x.grad, A.grad, B.grad):
         assert grad.isfinite().all()
         assert grad.abs().max() > 0
+
+
+def test_no_rows_of_any_strides(backend):
+    """An empty tensor may have any strides: here those of the first 0 rows of a transposed one."""
+    x, y = torch.zeros(6, 5).T[:0], torch.zeros(4, 5).T[:0]
+    A, B, ids = torch.ones(2, 3, 6), torch.ones(2, 4, 3), torch.tensor([], dtype=torch.int64)
+    assert lk.bgmv(y, x, A, B, ids).shape == (0, 4)
+    v = lk.bgmv_shrink(x, A, ids)
+    assert v.shape == (1, 0, 3)
+    assert lk.bgmv_expand(y, v, B, ids).shape == (0, 4)
+    assert lk.multi_lora(x, A, B, ids).shape == (0, 4)
