@@ -36,7 +36,6 @@ INACTIVE = "base layer only: no active adapter here"
 BASE_ONLY = frozenset({DISABLED, MERGED, INACTIVE})
 
 _autocast = torch._C._is_any_autocast_enabled
-_functorch = torch._C._are_functorch_transforms_active
 _forward_pre_hooks, _forward_hooks = _globals._global_forward_pre_hooks, _globals._global_forward_hooks
 _backward_pre_hooks, _backward_hooks = _globals._global_backward_pre_hooks, _globals._global_backward_hooks
 _compiled = extension_error is None
@@ -87,6 +86,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     d = layer.__dict__
     if (
         type(x) is not Tensor
+        or x.dtype is torch.float64
         or d["_disable_adapters"]
         or d["merged_adapters"]
         or not d["cast_input_dtype_enabled"]
@@ -118,9 +118,6 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     if factors is None:
         return None
     A, B, scales = factors
-    dtype = x.dtype
-    if dtype is torch.float64 or (A[0].dtype is not dtype and A[0].dtype is not torch.float32):
-        return None
     grad = grad and _any_requires_grad(x, weight, bias, *A, *B)
     if grad and weight.requires_grad:
         return None
@@ -151,7 +148,6 @@ def _unusual() -> Any:
         or _backward_hooks
         or _backward_pre_hooks
         or _autocast()
-        or _functorch()
         or forward_ad._current_level >= 0
     )
 
@@ -343,7 +339,7 @@ def _call_reason(layer: Any, weight: Tensor, x: Tensor | None, dtype: torch.dtyp
     if _autocast():
         return "autocast is on"
     if _unusual():
-        return "global module hooks, a torch.func transform or forward-mode AD"
+        return "global module hooks or forward-mode differentiation"
     if x is not None and type(x) is not Tensor:
         return f"input is {_name(type(x))}"
     choice = choose(device.type, lora_add_.backends(), forced_backend())

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -769,6 +770,10 @@ class _Tagged(torch.Tensor):
     """Its results are tagged too."""
 
 
+def _tagged(weight):
+    return nn.Parameter(weight.detach().as_subclass(_Tagged), weight.requires_grad)
+
+
 def _swap_class(module, cls):
     module.__class__ = cls
 
@@ -809,6 +814,11 @@ CHANGES = {
     ),
     "other base class": (lambda m: _swap_class(_up(m).base_layer, _Doubling), "base layer is _Doubling"),
     "other lora_A class": (lambda m: _swap_class(_up(m).lora_A.default, _Doubling), "lora_A is _Doubling"),
+    "other lora_B class": (lambda m: _swap_class(_up(m).lora_B.default, _Doubling), "lora_B is _Doubling"),
+    "base weight of a subclass": (
+        lambda m: setattr(_up(m).base_layer, "weight", _tagged(_up(m).base_layer.weight)),
+        "base layer: its weight is _Tagged",
+    ),
     "lora_A with a bias": (
         lambda m: _up(m).lora_A.default.register_parameter("bias", nn.Parameter(torch.ones(4))),
         "lora_A has a bias",
@@ -826,10 +836,8 @@ CHANGES = {
         lambda m: _up(m).base_layer.weight.requires_grad_(),
         "base weight requires grad",
     ),
-    "tensor subclass": (
-        lambda m: setattr(
-            _up(m).lora_A.default, "weight", nn.Parameter(_up(m).lora_A.default.weight.detach().as_subclass(_Tagged))
-        ),
+    "lora_A of a subclass": (
+        lambda m: setattr(_up(m).lora_A.default, "weight", _tagged(_up(m).lora_A.default.weight)),
         "lora_A: its weight is _Tagged",
     ),
     "ZeRO-3 lora_A": (lambda m: _release(_up(m).lora_A.default), "lora_A has hooks"),
@@ -861,7 +869,7 @@ class TestFallback:
     @pytest.mark.parametrize("when", ("before", "after"))
     def test_layer_changed(self, calls, change, when):
         released = change.startswith("ZeRO-3")
-        fast = 0 if change == "tensor subclass" else 1  # the input of the layer behind it is tagged
+        fast = 0 if change.endswith("of a subclass") else 1  # the input of the layer behind it is tagged
         change, reason = CHANGES[change]
         model = net()
         oracle = copy.deepcopy(model)
@@ -965,6 +973,17 @@ class TestFallback:
         tensors = {n: torch.randn_like(p) for n, p in model.named_parameters()}
         close(torch.func.functional_call(model, tensors, (x,)), torch.func.functional_call(oracle, tensors, (x,)))
         assert calls.take() == (0, 6)
+
+    def test_forward_mode_differentiation(self, calls):
+        oracle, model, handle = both(net())
+        x, t = torch.randn(4, K), torch.randn(4, K)
+        with forward_ad.dual_level():
+            close(forward_ad.unpack_dual(model(forward_ad.make_dual(x, t))).tangent,
+                  forward_ad.unpack_dual(oracle(forward_ad.make_dual(x, t))).tangent)  # fmt: skip
+            assert (
+                handle.report().layers["base_model.model.up"] == "global module hooks or forward-mode differentiation"
+            )
+        assert calls.take() == (0, 2)
 
     def test_input_subclass(self, calls):
         oracle, model, _ = both(net())
