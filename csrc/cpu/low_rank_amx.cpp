@@ -64,12 +64,11 @@ LK_INLINE void load_parts(const float* p, int count, __m512i (&out)[PARTS]) {
 // 16 elements of a factor row, twice: the other operand holds two parts of its own side by side.
 template <int PARTS>
 LK_INLINE void load_twice(const bf16* p, int count, __m512i (&out)[PARTS]) {
-  __m256i h = count >= W ? _mm256_loadu_si256((const __m256i*)p) : _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p);
-  out[0] = _mm512_broadcast_i64x4(h);
+  out[0] = _mm512_broadcast_i64x4(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
 }
 template <int PARTS>
 LK_INLINE void load_twice(const float* p, int count, __m512i (&out)[PARTS]) {
-  vf x = count >= W ? load(p) : load_n(p, count);
+  vf x = load_n(p, count);
 #pragma GCC unroll 3
   for (int i = 0; i < PARTS; ++i) {
     out[i] = _mm512_permutex2var_epi16((__m512i)x, high_halves(), (__m512i)x);
@@ -88,12 +87,20 @@ LK_INLINE void load_row(const T* p, int count, __m512i (&out)[PARTS]) {
 // Rows [0, 16) x 32 of a factor, zeros past `rows` and `count`, to PARTS tiles TILE apart: as they lie ...
 template <int PARTS, bool TWICE = false, class T>
 LK_INLINE void copy_tile(const T* p, int64_t stride, int rows, int count, bf16* out) {
-  for (int i = 0; i < 16; ++i) {
-    __m512i v[PARTS] = {};
-    if (i < rows) load_row<PARTS, TWICE>(p + i * stride, count, v);
+  auto copy = [&](int i, int columns) LK_LAMBDA {
+    __m512i v[PARTS];
+    load_row<PARTS, TWICE>(p + i * stride, columns, v);
 #pragma GCC unroll 3
     for (int part = 0; part < PARTS; ++part) _mm512_store_si512(out + part * TILE + i * DEPTH, v[part]);
+  };
+  constexpr int FULL = TWICE ? 16 : DEPTH;
+  if (rows == 16 && count >= FULL) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) copy(i, FULL);
+    return;
   }
+  for (int i = 0; i < rows; ++i) copy(i, count);
+  for (int part = 0; part < PARTS; ++part) memset(out + part * TILE + rows * DEPTH, 0, (16 - rows) * 64);
 }
 
 // ... or interleaved, as the second operand of a dot product wants them.
@@ -112,6 +119,11 @@ LK_INLINE void interleave_tile(const T* p, int64_t stride, int rows, int count, 
     for (int i = 0; i < 16; ++i) _mm512_store_si512(out + k * TILE + i * DEPTH, (__m512i)v[k][i]);
   }
 }
+
+template <int N>
+struct number {
+  static constexpr int value = N;
+};
 
 template <class T>
 constexpr int parts(int of_float) {
@@ -340,42 +352,41 @@ LK_INLINE void load_v(const float* p, int count, __m512i (&out)[2]) {
   }
 }
 
-// Tile C of yᵀ: 16 columns from n, `live` of which exist.
-template <int C, int PARTS, bool TWICE, class T>
-LK_INLINE void expand_few_tile(const Factor& B, const Steps& steps, int64_t n, int live, const bf16* vt, int64_t v_bytes,
-                               bf16* tile) {
+// Tile C of yᵀ: 16 columns, from B's tiles copied to `tile` or, where it is null, as they lie at b.
+template <int C, int PARTS, bool TWICE>
+LK_INLINE void expand_few_tile(const Steps& steps, const bf16* tile, const bf16* b, int64_t b_stride, const bf16* vt,
+                               int64_t v_bytes) {
   tiles::zero<C>();
   for (int s = 0; s < steps.count; ++s) {
-    const T* b = (const T*)B.data + n * B.stride + s * DEPTH;
-    int depth = B.rank - s * DEPTH;
     if (!TWICE) {
       tiles::load<6>(vt + 2 * s * v_bytes * 8, v_bytes);
       tiles::load<7>(vt + (2 * s + 1) * v_bytes * 8, v_bytes);
     }
-    if (!TWICE && PARTS == 1 && live == 16 && depth >= DEPTH) {
-      tiles::load<4>(b, B.stride * 2);
-    } else {
-      copy_tile<PARTS, TWICE>(b, B.stride, live, depth, tile);
-      tiles::load<4>(tile, 64);
-    }
+    if (tile)
+      tiles::load<4>(tile + s * PARTS * TILE, 64);
+    else
+      tiles::load<4>(b + s * DEPTH, b_stride * 2);
     tiles::dot<C, 4, 6>();
     if (!TWICE) tiles::dot<C, 4, 7>();
     if (PARTS > 1) {
-      tiles::load<5>(tile + TILE, 64);
+      tiles::load<5>(tile + (s * PARTS + 1) * TILE, 64);
       tiles::dot<C, 5, 6>();
     }
   }
 }
 
-// yᵀ += B vᵀ for at most 16 rows: 16 columns of y a tile, four tiles in flight.
+// yᵀ += B vᵀ for at most 16 rows, 16 columns of y a tile. A batch of tiles of B is copied before the first is used, and a
+// batch of sums stored before the first is read: loads that follow their stores too closely would wait for them.
 template <int COLS, bool TWICE, class T>
 LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
                           int64_t end, char* scratch) {
   constexpr int PARTS = parts<T>(2), v_bytes = 4 * COLS;
   Steps steps(B.rank);
-  bf16* vt = (bf16*)scratch;             // [steps][parts][16 pairs][COLS][2]
-  bf16* tile = vt + 2 * kMaxRank * 16;   // [4][2 parts] tiles of B
-  float* c = (float*)(tile + 8 * TILE);  // [4][16][COLS]
+  constexpr int BATCH = 8;
+  bf16* vt = (bf16*)scratch;                       // [steps][parts][16 pairs][COLS][2]
+  float* c = (float*)(vt + 2 * kMaxRank * 16);     // [BATCH][16][COLS]
+  bf16* bt = (bf16*)(c + BATCH * 16 * COLS);       // [BATCH][steps][PARTS] tiles of B
+  const int block = steps.count * PARTS * TILE;
   for (int s = 0; s < steps.count; ++s) {
     vi part[2][COLS] = {};
 #pragma GCC unroll 16
@@ -401,23 +412,42 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
   for (int t = 6; t < 8; ++t) config.set(t, 16, v_bytes);
   config.load();
   if (TWICE) tiles::load<6>(vt, v_bytes);
-  int64_t n = begin;
-  for (; n + 64 <= end; n += 64) {
-    expand_few_tile<0, PARTS, TWICE, T>(B, steps, n, 16, vt, v_bytes, tile);
-    expand_few_tile<1, PARTS, TWICE, T>(B, steps, n + 16, 16, vt, v_bytes, tile + 2 * TILE);
-    expand_few_tile<2, PARTS, TWICE, T>(B, steps, n + 32, 16, vt, v_bytes, tile + 4 * TILE);
-    expand_few_tile<3, PARTS, TWICE, T>(B, steps, n + 48, 16, vt, v_bytes, tile + 6 * TILE);
-    tiles::store<0>(c, v_bytes);
-    tiles::store<1>(c + 16 * COLS, v_bytes);
-    tiles::store<2>(c + 32 * COLS, v_bytes);
-    tiles::store<3>(c + 48 * COLS, v_bytes);
-    for (int t = 0; t < 4; ++t) add_columns<COLS>(c + t * 16 * COLS, rows, m, n + t * 16, 16);
-  }
-  for (; n < end; n += 16) {
-    int live = end - n < 16 ? int(end - n) : 16;
-    expand_few_tile<0, PARTS, TWICE, T>(B, steps, n, live, vt, v_bytes, tile);
-    tiles::store<0>(c, v_bytes);
-    add_columns<COLS>(c, rows, m, n, live);
+  const T* b = (const T*)B.data;
+  bool as_it_lies = PARTS == 1 && B.rank % DEPTH == 0;
+  for (int64_t n = begin; n < end; n += BATCH * 16) {
+    int count = int((end - n < BATCH * 16 ? end - n : BATCH * 16) + 15) / 16;
+    int copied_from = as_it_lies ? int(end - n) / 16 : 0;  // the last tile, where it is not whole
+    for (int t = copied_from; t < count; ++t) {
+      int columns = end - n - t * 16 < 16 ? int(end - n - t * 16) : 16;
+      for (int s = 0; s < steps.count; ++s)
+        copy_tile<PARTS, TWICE>(b + (n + t * 16) * B.stride + s * DEPTH, B.stride, columns, B.rank - s * DEPTH,
+                                bt + t * block + s * PARTS * TILE);
+    }
+    auto fill = [&](int t, auto tile) LK_LAMBDA {
+      constexpr int C = decltype(tile)::value;
+      expand_few_tile<C, PARTS, TWICE>(steps, t < copied_from ? nullptr : bt + t * block,
+                                       (const bf16*)(const void*)(b + (n + t * 16) * B.stride), B.stride, vt, v_bytes);
+    };
+    auto drain = [&](int t, auto tile) LK_LAMBDA { tiles::store<decltype(tile)::value>(c + t * 16 * COLS, v_bytes); };
+    int t = 0;
+    for (; t + 4 <= count; t += 4) {
+      fill(t, number<0>{});
+      fill(t + 1, number<1>{});
+      fill(t + 2, number<2>{});
+      fill(t + 3, number<3>{});
+      drain(t, number<0>{});
+      drain(t + 1, number<1>{});
+      drain(t + 2, number<2>{});
+      drain(t + 3, number<3>{});
+    }
+    for (; t < count; ++t) {
+      fill(t, number<0>{});
+      drain(t, number<0>{});
+    }
+    for (t = 0; t < count; ++t) {
+      int columns = end - n - t * 16 < 16 ? int(end - n - t * 16) : 16;
+      add_columns<COLS>(c + t * 16 * COLS, rows, m, n + t * 16, columns);
+    }
   }
 }
 
