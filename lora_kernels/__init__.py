@@ -24,7 +24,7 @@ _HOME = {
     "ops._dispatch": ("backend",),
     "plan": ("BatchPlan",),
     "integrations.peft": ("patch",),
-    "info": ("info",),
+    "_info": ("info",),
 }  # fmt: skip
 _MODULES = ("nn", "reference", "testing", "demo")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
@@ -33,7 +33,7 @@ __all__ = ["__version__", "nn", *_WHERE]
 
 if TYPE_CHECKING:
     from . import nn
-    from .info import info
+    from ._info import info
     from .integrations.peft import patch
     from .ops._dispatch import backend
     from .ops.low_rank import (
