@@ -27,6 +27,16 @@ from lora_kernels.ops import _dispatch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
+
+@pytest.fixture
+def unforced(monkeypatch):
+    """As users call it, with or without the extension: a graph only names its ops."""
+    monkeypatch.setattr(_peft_layer, "_compiled", True)
+    token = _dispatch._forced.set(None)
+    yield
+    _dispatch._forced.reset(token)
+
+
 K, N = 24, 40
 
 
@@ -222,18 +232,17 @@ class TestOneAdapter:
         close(model(x), oracle(x))
         assert calls.slow == 0
 
-    def test_compiles_without_a_graph_break(self, monkeypatch):
+    def test_compiles_without_a_graph_break(self, unforced):
         oracle, model, _ = both(net())
-        monkeypatch.setattr(_peft_layer, "_compiled", True)
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(model.base_model.model, backend=backend, fullgraph=True)
         x = torch.randn(4, K)
         with torch.no_grad():
-            graphs = []
-
-            def backend(graph, inputs):
-                graphs.append(graph)
-                return graph.forward
-
-            compiled = torch.compile(model.base_model.model, backend=backend, fullgraph=True)
             close(compiled(x), oracle(x))
         assert "lora_add_" in graphs[0].code
 
@@ -386,6 +395,14 @@ class TestMixedBatch:
         with torch.inference_mode():
             model(x, adapter_names=names)
         close(trained(model, x, adapter_names=names)[1], trained(oracle, x, adapter_names=names)[1])
+
+    def test_compiled_goes_to_peft(self, unforced):
+        oracle, model, _ = both(adapters())
+        compiled = torch.compile(_up(model), backend="eager", fullgraph=True)
+        x = torch.randn(4, K)
+        with torch.no_grad():
+            for names in (BATCHES[0], BATCHES[1]):
+                close(compiled(x, adapter_names=names), _up(oracle)(x, adapter_names=names))
 
     def test_layers_get_the_names_without_hooks(self, calls):
         model = adapters()
