@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def backend() -> str | None:
-    """``LORA_KERNELS_BACKEND``: force one backend for every op (``reference``, ``cpu``, ``triton``, ``cuda``, ``sim``)."""
+    """``LORA_KERNELS_BACKEND``: force one backend for every op; a name in ``select.BACKENDS``."""
     return os.environ.get("LORA_KERNELS_BACKEND") or None
 
 
@@ -22,5 +22,5 @@ def check() -> bool:
 
 
 def cache_dir() -> Path:
-    """``LORA_KERNELS_CACHE``: where the demo keeps the adapters it trained (``~/.cache/lora_kernels``)."""
+    """``LORA_KERNELS_CACHE``: where the demo keeps its model and adapters (``~/.cache/lora_kernels``)."""
     return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")

@@ -1,8 +1,8 @@
 // The instruction set to use: the best one this machine has, unless set_isa names another.
+#include <torch/csrc/stable/library.h>
+
 #include <string>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
 
 #include "low_rank.h"
 
@@ -53,8 +53,8 @@ std::vector<const LowRankKernels*> detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::low_rank);
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
     found.push_back(&avx512::low_rank);
     if (__builtin_cpu_supports("avx512bf16") && has_tiles() && request_tiles()) found.push_back(&amx::low_rank);
   }

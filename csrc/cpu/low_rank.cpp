@@ -2,18 +2,18 @@
 // brought together so that its factors are read once, and the work is cut into tasks for torch's threads.
 //
 // Messages are short: lora_kernels/ops/_check.py words a refusal for users.
+#include "low_rank.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <vector>
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include "low_rank.h"
 
 namespace lora_kernels {
 namespace {
@@ -24,10 +24,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "unsupported dtype");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "unsupported dtype");
   }
 }
 
@@ -120,7 +124,7 @@ struct Output : Matrix {
 
 // The factors of S slices of L adapters, each seen as [rank, width].
 struct Factors {
-  std::vector<Factor> table;  // [S, L]
+  std::vector<Factor> table;    // [S, L]
   std::vector<int64_t> widths;  // of each slice
   std::vector<Tensor> copies;
   int64_t slices = 1, adapters = 0, padded_rank = 0, total = 0;
@@ -174,7 +178,8 @@ struct Factors {
     STD_TORCH_CHECK(ranks->scalar_type() == ScalarType::Int && ranks->is_cpu(), "ranks");
     Tensor t = compact(*ranks);
     bool per_slice = t.dim() == 2;
-    STD_TORCH_CHECK(per_slice ? t.size(0) == slices && t.size(1) == adapters : t.dim() == 1 && t.size(0) == adapters, "ranks");
+    STD_TORCH_CHECK(per_slice ? t.size(0) == slices && t.size(1) == adapters : t.dim() == 1 && t.size(0) == adapters,
+                    "ranks");
     const int32_t* live = static_cast<const int32_t*>(t.data_ptr());
     for (int64_t i = 0; i < slices * adapters; ++i) {
       int32_t rank = live[per_slice ? i : i % adapters];
@@ -215,7 +220,8 @@ struct Group {
 };
 
 template <class T>
-void read_ids(const Tensor& ids, const OptionalTensor& indptr, int64_t rows, int64_t adapters, std::vector<int32_t>& out) {
+void read_ids(const Tensor& ids, const OptionalTensor& indptr, int64_t rows, int64_t adapters,
+              std::vector<int32_t>& out) {
   const T* p = static_cast<const T*>(ids.data_ptr());
   int64_t count = ids.numel();
   for (int64_t i = 0; i < count; ++i) STD_TORCH_CHECK(p[i] >= -1 && p[i] < adapters, "id out of range");
@@ -271,11 +277,11 @@ void sort_pairs(const std::vector<int32_t>& ids, int64_t adapters, int32_t* boun
 struct Routing {
   std::vector<int32_t> storage;
   std::vector<Group> groups;
-  int64_t pairs;  // P
+  int64_t pairs;    // P
   int divisor = 1;  // k
 
-  Routing(const OptionalTensor& ids, const OptionalTensor& indptr, const OptionalTensor& plan, int64_t rows, int64_t adapters,
-          int64_t weights_per_row) {
+  Routing(const OptionalTensor& ids, const OptionalTensor& indptr, const OptionalTensor& plan, int64_t rows,
+          int64_t adapters, int64_t weights_per_row) {
     STD_TORCH_CHECK(rows < (int64_t(1) << 31), "too many rows");
     pairs = rows;
     if (!ids && !plan) {
@@ -398,7 +404,8 @@ struct LowRank {
       kernels.expand(rows_of(*y, run, first_column(s), 1), int(run.count), v, rank, b, begin, end, scratch());
     } else {
       float* out = v_out + s * routing.pairs * rank;
-      for (int64_t i = 0; i < run.count; ++i) std::memcpy(out + pair_of(run, i) * rank, v + i * rank, live * sizeof(float));
+      for (int64_t i = 0; i < run.count; ++i)
+        std::memcpy(out + pair_of(run, i) * rank, v + i * rank, live * sizeof(float));
     }
   }
 
@@ -481,7 +488,8 @@ struct LowRank {
             for (int r = 0; r < live; ++r) at(0, s, i)[row * rank + r] += at(part, s, i)[row * rank + r];
         scale_v(runs[i], s, at(0, s, i));
       }
-    int64_t width = B ? std::max<int64_t>(divide_up(divide_up(B->total, torch::stable::get_num_threads()), 64) * 64, 128) : 1;
+    int64_t width =
+        B ? std::max<int64_t>(divide_up(divide_up(B->total, torch::stable::get_num_threads()), 64) * 64, 128) : 1;
     int64_t widest = B ? *std::max_element(B->widths.begin(), B->widths.end()) : 1, chunks = divide_up(widest, width);
     for_each_task(n * slices * chunks, B != nullptr, [&](int64_t task) {
       int64_t chunk = task % chunks, s = task / chunks % slices, i = task / chunks / slices;
@@ -532,9 +540,15 @@ struct LowRank {
       float* wide = out + i * 64;
       for (int64_t n = 0; n < columns; ++n) {
         switch (y.dtype) {
-          case DType::f32: move(reinterpret_cast<float*>(row)[n], wide[n], from_y); break;
-          case DType::bf16: move(reinterpret_cast<torch::headeronly::BFloat16*>(row)[n], wide[n], from_y); break;
-          case DType::f16: move(reinterpret_cast<torch::headeronly::Half*>(row)[n], wide[n], from_y); break;
+          case DType::f32:
+            move(reinterpret_cast<float*>(row)[n], wide[n], from_y);
+            break;
+          case DType::bf16:
+            move(reinterpret_cast<torch::headeronly::BFloat16*>(row)[n], wide[n], from_y);
+            break;
+          case DType::f16:
+            move(reinterpret_cast<torch::headeronly::Half*>(row)[n], wide[n], from_y);
+            break;
         }
       }
     }
@@ -568,13 +582,15 @@ const float* data_or_null(const OptionalTensor& t) { return t ? static_cast<cons
 int64_t per_row(const OptionalTensor& weights) { return weights ? weights->size(1) : 1; }
 
 void check_same_form(const Factors& A, const Factors& B) {
-  STD_TORCH_CHECK(A.slices == B.slices && A.adapters == B.adapters && A.table[0].dtype == B.table[0].dtype, "A and B differ");
-  for (size_t i = 0; i < A.table.size(); ++i) STD_TORCH_CHECK(A.table[i].rank == B.table[i].rank, "A and B differ in rank");
+  STD_TORCH_CHECK(A.slices == B.slices && A.adapters == B.adapters && A.table[0].dtype == B.table[0].dtype,
+                  "A and B differ");
+  for (size_t i = 0; i < A.table.size(); ++i)
+    STD_TORCH_CHECK(A.table[i].rank == B.table[i].rank, "A and B differ in rank");
 }
 
 void lora_add(const Tensor& y, const Tensor& x, std::vector<Tensor> A, std::vector<Tensor> B, OptionalTensor ids,
-              OptionalTensor indptr, OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks, OptionalTensor weights,
-              double scale) {
+              OptionalTensor indptr, OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks,
+              OptionalTensor weights, double scale) {
   Matrix in(x);
   Output out(y);
   Factors a(A, 0), b(B, 1);
@@ -594,8 +610,8 @@ void lora_add(const Tensor& y, const Tensor& x, std::vector<Tensor> A, std::vect
   out.finish();
 }
 
-Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, OptionalTensor indptr, OptionalTensor plan,
-                   OptionalTensor ranks, int64_t pairs) {
+Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, OptionalTensor indptr,
+                   OptionalTensor plan, OptionalTensor ranks, int64_t pairs) {
   Matrix in(x);
   Factors a(A, 0);
   for (int64_t width : a.widths) STD_TORCH_CHECK(width == in.columns, "A does not fit x");
@@ -612,7 +628,8 @@ Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, O
 }
 
 void lora_expand(const Tensor& y, const Tensor& v, std::vector<Tensor> B, OptionalTensor ids, OptionalTensor indptr,
-                 OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks, OptionalTensor weights, double scale) {
+                 OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks, OptionalTensor weights,
+                 double scale) {
   Output out(y);
   Factors b(B, 1);
   STD_TORCH_CHECK(v.scalar_type() == ScalarType::Float, "v dtype");

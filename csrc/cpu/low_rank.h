@@ -48,8 +48,8 @@ constexpr size_t kScratch = 1 << 20;
 struct LowRankKernels {
   const char* name;
   // v[i, j] (+)= Σ x[i, k] A[j, k] over k in [begin, end), at most kPart of them; i < m, j < A.rank.
-  void (*shrink)(const Rows& x, int m, const Factor& A, int64_t begin, int64_t end, bool add, float* v, int64_t v_stride,
-                 void* scratch);
+  void (*shrink)(const Rows& x, int m, const Factor& A, int64_t begin, int64_t end, bool add, float* v,
+                 int64_t v_stride, void* scratch);
   // y[i, n] += Σ v[i, j] B[j, n] over j < B.rank, for n in [begin, end), rounded once.
   void (*expand)(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
                  void* scratch);

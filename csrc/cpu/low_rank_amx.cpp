@@ -7,13 +7,12 @@
 // An fp32 value goes in as a sum of bf16 parts: three for a factor of the shrink (all its 24 bits), two in the expand,
 // whose result is rounded to bf16's 8.
 #if defined(__x86_64__)
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-
-#include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,f16c")
 #endif
@@ -165,11 +164,20 @@ void shrink_few(const Rows& x, int m, const Factor& A, int64_t begin, int64_t en
   bf16* tile = xt + kPart * 16;
   float* c = (float*)(tile + 3 * TILE);
   switch (cols) {
-    case 1: interleave_rows<1>(x, m, begin, length, xt); break;
-    case 2: interleave_rows<2>(x, m, begin, length, xt); break;
-    case 4: interleave_rows<4>(x, m, begin, length, xt); break;
-    case 8: interleave_rows<8>(x, m, begin, length, xt); break;
-    default: interleave_rows<16>(x, m, begin, length, xt);
+    case 1:
+      interleave_rows<1>(x, m, begin, length, xt);
+      break;
+    case 2:
+      interleave_rows<2>(x, m, begin, length, xt);
+      break;
+    case 4:
+      interleave_rows<4>(x, m, begin, length, xt);
+      break;
+    case 8:
+      interleave_rows<8>(x, m, begin, length, xt);
+      break;
+    default:
+      interleave_rows<16>(x, m, begin, length, xt);
   }
   int64_t bytes = 4 * cols;
   int configured = 0;
@@ -221,8 +229,8 @@ void shrink_many(const Rows& x, int m, const Factor& A, int64_t begin, int64_t e
                  int64_t v_stride, char* scratch) {
   constexpr int PARTS = parts<T>(3), BLOCK = 64;
   int length = int(end - begin), padded = round_up(length, DEPTH), steps = padded / DEPTH;
-  bf16* at = (bf16*)scratch;                // [steps][PARTS] tiles
-  bf16* copy = at + 3 * kPart * 16;         // [BLOCK, padded]
+  bf16* at = (bf16*)scratch;                  // [steps][PARTS] tiles
+  bf16* copy = at + 3 * kPart * 16;           // [BLOCK, padded]
   float* c = (float*)(copy + BLOCK * kPart);  // [BLOCK, 16]
   tiles::Config config;
   for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
@@ -323,8 +331,8 @@ LK_INLINE void add_columns(const float* c, bf16* const* y, int m, int64_t n, int
     if (i < m) add_to(y[i] + n, v[i], live);
 }
 
-// The expand's operands have their ranks cut into steps. Up to 16 ranks are one step, in which the two parts of v lie side
-// by side and B stands twice; beyond, a step is 32 ranks and the parts of v are tiles of their own.
+// The expand's operands have their ranks cut into steps. Up to 16 ranks are one step, in which the two parts of v lie
+// side by side and B stands twice; beyond, a step is 32 ranks and the parts of v are tiles of their own.
 struct Steps {
   int rank, count, parts;
   explicit Steps(int rank_)
@@ -375,17 +383,17 @@ LK_INLINE void expand_few_tile(const Steps& steps, const bf16* tile, const bf16*
   }
 }
 
-// yᵀ += B vᵀ for at most 16 rows, 16 columns of y a tile. A batch of tiles of B is copied before the first is used, and a
-// batch of sums stored before the first is read: loads that follow their stores too closely would wait for them.
+// yᵀ += B vᵀ for at most 16 rows, 16 columns of y a tile. A batch of tiles of B is copied before the first is used, and
+// a batch of sums stored before the first is read: loads that follow their stores too closely would wait for them.
 template <int COLS, bool TWICE, class T>
 LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
                           int64_t end, char* scratch) {
   constexpr int PARTS = parts<T>(2), v_bytes = 4 * COLS;
   Steps steps(B.rank);
   constexpr int BATCH = 8;
-  bf16* vt = (bf16*)scratch;                       // [steps][parts][16 pairs][COLS][2]
-  float* c = (float*)(vt + 2 * kMaxRank * 16);     // [BATCH][16][COLS]
-  bf16* bt = (bf16*)(c + BATCH * 16 * COLS);       // [BATCH][steps][PARTS] tiles of B
+  bf16* vt = (bf16*)scratch;                    // [steps][parts][16 pairs][COLS][2]
+  float* c = (float*)(vt + 2 * kMaxRank * 16);  // [BATCH][16][COLS]
+  bf16* bt = (bf16*)(c + BATCH * 16 * COLS);    // [BATCH][steps][PARTS] tiles of B
   const int block = steps.count * PARTS * TILE;
   for (int s = 0; s < steps.count; ++s) {
     vi part[2][COLS] = {};
@@ -400,8 +408,7 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
     for (int k = 0; k < steps.parts; ++k) {
       interleave(part[k]);
 #pragma GCC unroll 16
-      for (int i = 0; i < COLS; ++i)
-        _mm512_store_si512(vt + ((s * 2 + k) * COLS + i) * DEPTH, (__m512i)part[k][i]);
+      for (int i = 0; i < COLS; ++i) _mm512_store_si512(vt + ((s * 2 + k) * COLS + i) * DEPTH, (__m512i)part[k][i]);
     }
   }
   bf16* rows[COLS];
@@ -455,8 +462,8 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
 // before the tiles are stored: a load behind a store to the same offset in a page would wait for it.
 template <int C, bool WHOLE>
 LK_INLINE void add_tiles_as(float* c, bf16* const* rows, int count, int64_t n, __mmask32 live) {
-  const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   vu before[16];
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k)
@@ -513,11 +520,11 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
                            int64_t end, char* scratch) {
   constexpr int PARTS = parts<T>(2), BLOCK = 32;
   Steps steps(B.rank);
-  int block = steps.count * PARTS * TILE;    // of B, for 16 columns
-  int64_t v_half = steps.tiles() * TILE;     // of v, for 16 rows
-  bf16* vt = (bf16*)scratch;                 // [2][steps][parts] tiles
+  int block = steps.count * PARTS * TILE;       // of B, for 16 columns
+  int64_t v_half = steps.tiles() * TILE;        // of v, for 16 rows
+  bf16* vt = (bf16*)scratch;                    // [2][steps][parts] tiles
   float* c = (float*)(vt + 4 * kMaxRank * 16);  // [32][32]
-  bf16* bt = (bf16*)(c + BLOCK * BLOCK);     // [columns / 32][even, odd][steps][PARTS] tiles
+  bf16* bt = (bf16*)(c + BLOCK * BLOCK);        // [columns / 32][even, odd][steps][PARTS] tiles
   int64_t room = (int64_t)(kScratch - ((char*)bt - scratch)) / (block * 2) * 16 / BLOCK * BLOCK;
   tiles::Config config;
   for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
@@ -555,7 +562,8 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
       };
       // The dot products of 16 rows; `fresh`: B's tiles are not in place yet.
       auto upper = [&](bool fresh) LK_LAMBDA { expand_many_tiles<0, 4, PARTS, TWICE>(vt, steps, fresh, load_b); };
-      auto lower = [&](bool fresh) LK_LAMBDA { expand_many_tiles<2, 5, PARTS, TWICE>(vt + v_half, steps, fresh, load_b); };
+      auto lower = [&](bool fresh)
+                       LK_LAMBDA { expand_many_tiles<2, 5, PARTS, TWICE>(vt + v_half, steps, fresh, load_b); };
       auto move_to = [&](int64_t n) LK_LAMBDA {
         even = bt + (n - n0) / 16 * block;
         odd = even + block;
@@ -582,12 +590,23 @@ template <bool TWICE, class T>
 void expand_tiles(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
                   char* scratch) {
   switch (m > 16 ? 0 : power_of_two(m)) {
-    case 0: expand_many<TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 1: expand_few<1, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 2: expand_few<2, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 4: expand_few<4, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    case 8: expand_few<8, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch); break;
-    default: expand_few<16, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+    case 0:
+      expand_many<TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+      break;
+    case 1:
+      expand_few<1, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+      break;
+    case 2:
+      expand_few<2, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+      break;
+    case 4:
+      expand_few<4, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+      break;
+    case 8:
+      expand_few<8, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
+      break;
+    default:
+      expand_few<16, TWICE, T>(y, m, v, v_stride, B, begin, end, scratch);
   }
   tiles::release();
 }
@@ -597,7 +616,8 @@ void expand(const Rows& y, int m, const float* v, int64_t v_stride, const Factor
   if (y.dtype != DType::bf16 || B.rank_stride != 1 || B.dtype == DType::f16)
     expand_vectors(y, m, v, v_stride, B, begin, end, scratch);
   else if (B.dtype == DType::bf16)
-    (B.rank > 16 ? expand_tiles<false, bf16> : expand_tiles<true, bf16>)(y, m, v, v_stride, B, begin, end, (char*)scratch);
+    (B.rank > 16 ? expand_tiles<false, bf16> : expand_tiles<true, bf16>)(y, m, v, v_stride, B, begin, end,
+                                                                         (char*)scratch);
   else
     (B.rank > 16 ? expand_tiles<false, float> : expand_tiles<true, float>)(y, m, v, v_stride, B, begin, end,
                                                                            (char*)scratch);

@@ -19,9 +19,12 @@ LK_INLINE const T* row_of(const Rows& rows, int64_t i) {
 template <class F>
 LK_INLINE void with_type(DType dtype, F f) {
   switch (dtype) {
-    case DType::f32: return f((const float*)nullptr);
-    case DType::bf16: return f((const bf16*)nullptr);
-    case DType::f16: return f((const f16*)nullptr);
+    case DType::f32:
+      return f((const float*)nullptr);
+    case DType::bf16:
+      return f((const bf16*)nullptr);
+    case DType::f16:
+      return f((const f16*)nullptr);
   }
 }
 
@@ -171,8 +174,8 @@ void shrink_axpy(const Rows& x, int m, const Factor& factor, int64_t begin, int6
   }
 }
 
-void shrink_vectors(const Rows& x, int m, const Factor& A, int64_t begin, int64_t end, bool add, float* v, int64_t v_stride,
-            void* scratch) {
+void shrink_vectors(const Rows& x, int m, const Factor& A, int64_t begin, int64_t end, bool add, float* v,
+                    int64_t v_stride, void* scratch) {
   with_type(x.dtype, [&](auto xp) LK_LAMBDA {
     with_type(A.dtype, [&](auto ap) LK_LAMBDA {
       typedef typename element<decltype(xp)>::type X;
@@ -279,7 +282,7 @@ void expand_as(const Rows& y, int m, const float* v, int64_t v_stride, const Fac
 }
 
 void expand_vectors(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
-            void* scratch) {
+                    void* scratch) {
   with_type(y.dtype, [&](auto yp) LK_LAMBDA {
     with_type(B.dtype, [&](auto bp) LK_LAMBDA {
       typedef typename element<decltype(yp)>::type Y;
@@ -339,8 +342,8 @@ void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t en
   }
 }
 
-void outer_vectors(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, float* out,
-                   int64_t out_stride, void* scratch) {
+void outer_vectors(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s,
+                   float* out, int64_t out_stride, void* scratch) {
   with_type(u.dtype, [&](auto up) LK_LAMBDA {
     with_type(w.dtype, [&](auto wp) LK_LAMBDA {
       typedef typename element<decltype(up)>::type U;

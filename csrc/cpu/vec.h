@@ -1,6 +1,7 @@
 // Vectors of LK_WIDTH floats, from compiler vector types: one source for every instruction set.
 // Each translation unit that includes this picks its set with a target pragma and defines LK_ISA and LK_WIDTH.
-// Nothing here may call a template of the standard library: the linker could then keep a copy that another set can't run.
+// Nothing here may call a template of the standard library: the linker could then keep a copy that another set can't
+// run.
 #pragma once
 
 #include <stdint.h>

@@ -6,6 +6,7 @@ argument was wrong, what it was and what was expected. Where no compiled kernel 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def segments(seg_indptr: Any, adapter_ids: Any, L: int, rows: int | None = None)
     bounds = seg_indptr.tolist()
     if bounds[0] != 0:
         raise ValueError(f"seg_indptr must start at 0, got {bounds[0]}")
-    for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
         if b < a:
             raise ValueError(f"seg_indptr must not fall, got {a} then {b} at {i}")
     if rows is not None and bounds[-1] > rows:

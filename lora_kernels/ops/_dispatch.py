@@ -12,7 +12,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,8 @@ def _load_extension() -> str | None:
 
 #: Why the compiled CPU kernels are missing, or None where they are loaded.
 extension_error: str | None = _load_extension()
-_forced: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=_env.backend())
+_from_environment = _env.backend()
+_forced: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=_from_environment)
 
 
 @contextlib.contextmanager
@@ -75,9 +76,11 @@ def _say_missing() -> None:
 class Op:
     """One registered op: calling it runs the backend chosen for its first tensor's device."""
 
-    registry: dict[str, Op] = {}
+    registry: ClassVar[dict[str, Op]] = {}
 
-    def __init__(self, reference: Callable, *, mutates: tuple[str, ...] = (), fake: Callable, flops: Callable | None = None):
+    def __init__(
+        self, reference: Callable, *, mutates: tuple[str, ...] = (), fake: Callable, flops: Callable | None = None
+    ):
         self.name = reference.__name__
         self.reference = reference
         schema = infer_schema(reference, mutates_args=mutates)

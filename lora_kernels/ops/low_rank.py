@@ -381,10 +381,11 @@ class _MultiLora(torch.autograd.Function):
         A, B = factors[: ctx.count], factors[ctx.count :]
         need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
         route = (ids, None, plan)
-        gradients = lora_backward(
-            dy, x, A, B, v, route, scaling, ranks, weights, ctx.scale, need_x, need_w, need[: ctx.count], need[ctx.count :]
+        need_A, need_B = need[: ctx.count], need[ctx.count :]
+        dx, dw, dA, dB = lora_backward(
+            dy, x, A, B, v, route, scaling, ranks, weights, ctx.scale, need_x, need_w, need_A, need_B
         )
-        return dy if need_y else None, gradients[0], gradients[1], None, None, *gradients[2], *gradients[3]
+        return dy if need_y else None, dx, dw, None, None, *dA, *dB
 
 
 def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B, dx=None):
@@ -484,7 +485,8 @@ def lora_linear(
         scaling: s, a float.
         bias: [N] x's dtype.
         dropout, training, seed: not supported yet; ``dropout`` with ``training`` raises.
-        core, in_scale, delta_in_scale, delta_scale, out_scale, magnitude, weight_norm_sq: not supported yet; each raises.
+        core, in_scale, delta_in_scale, delta_scale, out_scale, magnitude, weight_norm_sq: not supported yet; each
+            raises.
 
     Returns:
         [..., N] in x's dtype.
@@ -501,8 +503,8 @@ def lora_linear(
         if value is not None:
             raise NotImplementedError(f"lora_linear does not support {name} yet")
     _check_linear(x, weight, A, B, bias)
-    scale, scaling = _scaling(scaling)
-    if scaling is not None:
+    scale, per_adapter = _scaling(scaling)
+    if per_adapter is not None:
         raise TypeError("lora_linear takes one adapter: scaling must be a float")
     if _needs_grad(x, A, B, bias):
         return _LoRALinear.apply(x, weight, bias, scale, A, B)
@@ -515,7 +517,8 @@ def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
     for name, value in (("x", x), ("weight", weight), ("A", A), ("B", B)):
         _check.tensor(name, value)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight must be [N, {_check.shape(x)[1:-1].split(', ')[-1]}] for x, got {_check.shape(weight)}")
+        K = x.shape[-1] if x.dim() else "K"
+        raise ValueError(f"weight must be [N, {K}] for x {_check.shape(x)}, got {_check.shape(weight)}")
     if weight.dtype != x.dtype:
         raise TypeError(f"weight must be {x.dtype} as x, got {weight.dtype}")
     if weight.requires_grad and torch.is_grad_enabled():

@@ -18,6 +18,7 @@ adapter, those without an adapter left out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,7 +58,10 @@ def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: 
         row = torch.arange(capacity, device=ids.device)
         segment = torch.searchsorted(indptr.long().contiguous(), row, right=True) - 1
         inside = (segment >= 0) & (segment < flat.numel())
-        flat = torch.where(inside, flat[segment.clamp(0, max(flat.numel() - 1, 0))], -1) if flat.numel() else row * 0 - 1
+        if flat.numel():
+            flat = torch.where(inside, flat[segment.clamp(0, flat.numel() - 1)], -1)
+        else:
+            flat = torch.full_like(row, -1)
         pairs = indptr[-1] if indptr.numel() else torch.zeros((), dtype=torch.int32, device=ids.device)
     else:
         pairs = torch.full((), flat.numel(), dtype=torch.int32, device=ids.device)
@@ -74,17 +78,17 @@ def pairs_by_adapter(
     rows: int, num_adapters: int, ids: Tensor | None, indptr: Tensor | None, plan: Tensor | None, device: torch.device
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield each adapter in use with its pairs, ``(l, [m_l])``, in ascending order of both."""
-    if ids is None and plan is None:
-        if rows:
-            yield 0, torch.arange(rows, device=device)
-        return
     if plan is None:
+        if ids is None:
+            if rows:
+                yield 0, torch.arange(rows, device=device)
+            return
         capacity = num_pairs(rows, ids, indptr)
         plan = torch.empty(num_adapters + 3 + capacity, dtype=torch.int32, device=device)
         lora_plan_(plan, ids, indptr, num_adapters)
     bounds = plan[2 : num_adapters + 3].tolist()
     order = plan[num_adapters + 3 :]
-    for adapter, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for adapter, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if stop > start:
             yield adapter, order[start:stop].long()
 
