@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.library import Library, infer_schema, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
@@ -34,6 +35,8 @@ def _load_extension() -> str | None:
     except ImportError as error:
         return str(error)
     if (isa := _env.isa()) is not None:
+        if isa not in (here := torch.ops.lora_kernels_C.isas()):
+            raise ValueError(f"LORA_KERNELS_ISA={isa}: this machine has {', '.join(here)}")
         torch.ops.lora_kernels_C.set_isa(isa)
     return None
 
@@ -100,9 +103,11 @@ class Op:
         return frozenset({"reference", "cpu"} if compiled else {"reference"})
 
     def __call__(self, *args: Any) -> Any:
+        if is_compiling():
+            return self.overload(*args)
         forced = _forced.get()
         if forced is None:
-            if extension_error is not None and not torch.compiler.is_compiling():
+            if extension_error is not None:
                 _say_missing()
             return self.overload(*args)
         device = next(a for a in args if isinstance(a, Tensor)).device.type

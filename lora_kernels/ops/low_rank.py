@@ -89,7 +89,7 @@ def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
 
     The compiled kernels check everything they read before they write, so there ``check`` only words their refusal.
     """
-    if _compiled and forced_backend() is None and not is_compiling() and isinstance(first, Tensor) and first.is_cpu:
+    if not is_compiling() and _compiled and forced_backend() is None and isinstance(first, Tensor) and first.is_cpu:
         try:
             return op.direct(*args)
         except RuntimeError:
