@@ -132,7 +132,7 @@ def twin(model: Any) -> Any:
 @torch.no_grad()
 def stepper(base: Any, tokens: int) -> Callable[[Any], float]:
     """What runs one step of :func:`times` with ``base`` or a twin of it and returns how long it took, in seconds."""
-    # Of a frozen weight torch makes a copy for each row's last token (a matmul with strided rows), which dwarfs the rest.
+    # A frozen output layer is copied by torch for each row's last token (a matmul of strided rows), the costliest part.
     base.get_output_embeddings().weight.requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(0, base.config.vocab_size, (ROWS, CACHED), generator=generator)
