@@ -1,0 +1,269 @@
+"""Results of the benchmarks as tables and a picture.
+
+    python benchmarks/report.py --print                       # the committed results, or those named, in the terminal
+    python benchmarks/report.py --readme README.md            # into the README, between its markers
+    python benchmarks/report.py --readme README.md --check    # fails where the README says something else
+    python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
+
+A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank`` or ``peft``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OURS = "lora_kernels"
+RESULTS = Path(__file__).parent / "results"
+MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+NOT_MEASURED = "not yet measured"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One pytest-benchmark JSON, and where it lies, if anywhere."""
+
+    found: dict[str, Any]
+    path: Path | None = None
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What it says of the machine."""
+        return self.found["machine_info"]
+
+    def cases(self, prefix: str) -> dict[str, dict[str, dict[str, Any]]]:
+        """Its entries by case and provider, of the cases whose name begins with ``prefix``."""
+        cases: dict[str, dict[str, dict[str, Any]]] = {}
+        for entry in self.found["benchmarks"]:
+            if entry["group"].startswith(prefix):
+                cases.setdefault(entry["group"], {})[entry["extra_info"]["provider"]] = entry
+        return cases
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; the first column is the case."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def median(entry: dict[str, Any]) -> float:
+    """Seconds."""
+    return entry["stats"]["median"]
+
+
+def over(entry: dict[str, Any], other: str, digits: int = 2) -> str:
+    """How many times as long as ``other`` it takes, with the interval."""
+    middle, low, high = entry["extra_info"]["ratios"][other]
+    return f"{middle:.{digits}f}× [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def low_rank(result: Result) -> list[Table]:
+    """The tables of ``bench_low_rank.py``."""
+    ops = {**result.cases("bgmv"), **result.cases("sgmv")}
+    baselines = list(dict.fromkeys(name for case in ops.values() for name in case if name != OURS))
+    tables = []
+    if ops:
+        columns = ["µs", "adapters, GB/s", "% of read bandwidth", "% of roof", *(f"{n} takes" for n in baselines)]
+        rows = [[name, *_op(case, baselines)] for name, case in ops.items() if OURS in case]
+        info = next(iter(next(iter(ops.values())).values()))["extra_info"]
+        what = f"K = {info['K']}, N = {info['N']}, rank {info['R']}, {info['dtype']}, {info['L']} cold adapters"
+        tables.append(Table(what, ["op", *columns], rows))
+    for case in result.cases("call overhead").values():
+        row = ["one call", *(f"{median(entry) * 1e6:.1f}" for entry in case.values())]
+        tables.append(Table("A call from Python on a row of 16, checks included, µs", ["", *case], [row]))
+    for case in result.cases("roofs").values():
+        rates = [entry["extra_info"]["amounts"][name] / median(entry) for name, entry in case.items()]
+        titles = [f"{name}, {'GB/s' if name in ('read', 'copy') else 'GFLOP/s'}" for name in case]
+        tables.append(Table("What the machine reaches", ["", *titles], [["roof", *(f"{r / 1e9:.0f}" for r in rates)]]))
+    return tables
+
+
+def _op(case: dict[str, dict[str, Any]], baselines: Iterable[str]) -> list[str]:
+    own, info = case[OURS], case[OURS]["extra_info"]
+    speed, roof = info["adapter_bytes"] / median(own), info["bound"] / median(own)
+    ratios = [over(case[name], OURS, 1) if name in case else "" for name in baselines]
+    return [
+        f"{median(own) * 1e6:.0f}",
+        f"{speed / 1e9:.1f}",
+        f"{speed / info['rates']['read']:.0%}",
+        f"{roof:.0%}",
+        *ratios,
+    ]
+
+
+def peft(result: Result) -> list[Table]:
+    """The table of ``bench_peft.py``."""
+    cases = {name: case for name, case in result.cases("step").items() if OURS in case}
+    if not cases:
+        return []
+    base, *others = next(iter(cases.values()))
+    rows = []
+    for case in cases.values():
+        info = case[base]["extra_info"]
+        times = [f"{median(case[base]) * 1e3:.1f} ms", *(over(case[name], base) for name in others)]
+        rows.append([_step(info), info["adapters"], *times])
+    what = f"One step of {info['model']}, bf16, all linear layers, rank {info['R']}, {info['L']} adapters; × {base}"
+    return [Table(what, ["rows × tokens", "adapters", base, *others], rows)]
+
+
+def _step(info: dict[str, Any]) -> str:
+    return f"{info['rows']} × {info['tokens']}, {'mixed' if info['mixed'] else 'one adapter'}"
+
+
+SECTIONS = {"low_rank": low_rank, "peft": peft}
+
+
+def source(result: Result) -> str:
+    """What a result was measured with, in a line."""
+    machine, commit = result.machine, result.found["commit_info"].get("id", "")
+    rounds = sorted({entry["stats"]["rounds"] for entry in result.found["benchmarks"]})
+    packages = [f"{name} {machine[name]}" for name in ("torch", "triton", "peft", "transformers") if machine.get(name)]
+    where = f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads"
+    date = result.found["datetime"][:10]
+    how = f"medians of {' to '.join(map(str, rounds[:1] + rounds[1:][-1:]))} rounds in turns, [95 % interval]"
+    return "; ".join(filter(None, (where, ", ".join(packages), how, f"{date}, {commit[:9]}".rstrip(", "))))
+
+
+def markdown(table: Table) -> str:
+    """The table in GitHub's markdown."""
+    head, *rows = ["| " + " | ".join(cells) + " |" for cells in (table.columns, *table.rows)]
+    rule = "| --- |" + " ---: |" * (len(table.columns) - 1)
+    return "\n".join([f"{table.title}:", "", head, rule, *rows])
+
+
+def section(name: str, results: Iterable[Result], folder: Path) -> str:
+    """All that stands between the markers of ``name``; pictures are named relative to ``folder``."""
+    parts, gpu = [], False
+    for result in results:
+        if tables := SECTIONS[name](result):
+            gpu |= result.machine["device"].startswith("gpu")
+            parts += [f"**{source(result)}.**", *map(markdown, tables)]
+            if name == "peft" and (drawing := picture_path(result)) is not None and drawing.exists():
+                parts.append(f"![Time over the base model's step]({Path(os.path.relpath(drawing, folder)).as_posix()})")
+    if not parts:
+        parts.append(f"CPU: {NOT_MEASURED}.")
+    if not gpu:
+        parts.append(f"GPU: {NOT_MEASURED}.")
+    return "\n\n".join(parts)
+
+
+def insert(text: str, results: Sequence[Result], folder: Path) -> str:
+    """``text`` with every marked part made anew.
+
+    Raises:
+        ValueError: there is no marker, or one of an unknown name.
+    """
+    names = re.findall(r"<!-- benchmarks:(\w+) -->", text)
+    if not names:
+        raise ValueError("it has no marker <!-- benchmarks:NAME -->")
+    if unknown := set(names) - SECTIONS.keys():
+        raise ValueError(f"unknown marker {', '.join(sorted(unknown))}; known are {', '.join(SECTIONS)}")
+    if [match[1] for match in MARKED.findall(text)] != names:
+        raise ValueError("a marker <!-- benchmarks:NAME --> has no <!-- /benchmarks:NAME --> after it")
+    return MARKED.sub(lambda m: f"{m[1]}{section(m[2], results, folder)}\n{m[3]}", text)
+
+
+def show(results: Iterable[Result]) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for result in results:
+        tables = [table for tables_of in SECTIONS.values() for table in tables_of(result)]
+        console.print(source(result), style="dim", markup=False)
+        for table in tables:
+            rich = RichTable(title=table.title, title_justify="left")
+            for i, column in enumerate(table.columns):
+                rich.add_column(column, justify="right" if i else "left")
+            for row in table.rows:
+                rich.add_row(*(cell.replace("[", r"\[") for cell in row))
+            console.print(rich)
+
+
+def picture_path(result: Result) -> Path | None:
+    """Where the picture of a result lies."""
+    return result.path.with_suffix(".svg") if result.path is not None else None
+
+
+def picture(result: Result, path: Path) -> None:
+    """Bars: each provider's time over the base model's, one panel for each kind of adapters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = list(result.cases("step").values())
+    base, *others = cases[0]
+    kinds = list(dict.fromkeys(case[base]["extra_info"]["adapters"] for case in cases))
+    style = {"svg.hashsalt": "lora_kernels", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with pyplot.rc_context(style):
+        figure, panels = pyplot.subplots(1, len(kinds), figsize=(4.8 * len(kinds), 3.2), sharey=True, squeeze=False)
+        for panel, kind in zip(panels[0], kinds, strict=True):
+            own = [case for case in cases if case[base]["extra_info"]["adapters"] == kind]
+            width = 0.8 / len(others)
+            for i, name in enumerate(others):
+                heights = [case[name]["extra_info"]["ratios"][base][0] for case in own]
+                at = [j + (i - (len(others) - 1) / 2) * width for j in range(len(own))]
+                color = "#d62728" if name == OURS else ("#b8b8b8", "#7f7f7f")[i % 2]
+                bars = panel.bar(at, heights, width, label=name, color=color)
+                panel.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+            panel.axhline(1, color="black", linewidth=0.8, linestyle="--")
+            panel.set_xticks(range(len(own)), [_step(case[base]["extra_info"]).replace(", ", "\n") for case in own])
+            panel.set_title(f"adapters: {kind}")
+        panels[0][0].set_ylabel("time / base model's step")
+        panels[0][-1].legend(frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+
+
+def load(paths: Sequence[Path]) -> list[Result]:
+    """The results in ``paths``, by default all committed ones."""
+    return [Result(json.loads(path.read_text()), path) for path in paths or sorted(RESULTS.glob("*/*.json"))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, nargs="*", help="results of the benchmarks (default: all committed ones)")
+    parser.add_argument("--readme", type=Path, help="put the tables between the markers of this file")
+    parser.add_argument("--check", action="store_true", help="with --readme: change nothing, fail if it would change")
+    parser.add_argument("--picture", action="store_true", help="draw the steps, beside their result")
+    parser.add_argument("--print", action="store_true", help="print the tables")
+    args = parser.parse_args(arguments)
+    if not (args.readme or args.picture or args.print):
+        parser.error("say what to do: --print, --readme, --picture")
+    results = load(args.json)
+    if args.picture:
+        for result in results:
+            if peft(result):
+                picture(result, result.path.with_suffix(".svg"))
+    if args.print:
+        show(results)
+    if args.readme:
+        text = args.readme.read_text()
+        try:
+            new = insert(text, results, args.readme.resolve().parent)
+        except ValueError as error:
+            parser.error(f"{args.readme}: {error}")
+        if args.check and new != text:
+            print(f"{args.readme} is not what the results say: python benchmarks/report.py --readme {args.readme}")
+            return 1
+        if not args.check:
+            args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

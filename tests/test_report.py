@@ -1,0 +1,234 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_kernels.testing import ratio
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+COMMITTED = sorted(BENCHMARKS.glob("results/*/*.json"))
+README = """# Title
+<!-- benchmarks:low_rank -->
+stale
+<!-- /benchmarks:low_rank -->
+between
+<!-- benchmarks:peft -->
+<!-- /benchmarks:peft -->
+end
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _path():
+    sys.path.insert(0, str(BENCHMARKS))
+    yield
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture
+def report():
+    import report
+
+    return report
+
+
+def entries(group, times, **info):
+    """What the benchmarks write for one case; ``times`` are seconds by provider."""
+    return [
+        {
+            "group": group,
+            "extra_info": {
+                **info,
+                "provider": name,
+                "ratios": {other: ratio([own] * 31, [time] * 31) for other, time in times.items() if other != name},
+            },
+            "stats": {"median": own, "rounds": 31},
+        }
+        for name, own in times.items()
+    ]
+
+
+@pytest.fixture
+def found():
+    op = {"K": 4096, "N": 4096, "R": 16, "L": 8, "dtype": "bfloat16", "adapter_bytes": 2e6, "bound": 2e-4}
+    op["rates"] = {"read": 10e9}
+    step = {"rows": 8, "tokens": 64, "model": "a model", "R": 16, "L": 8}
+    steps = {"base model": 0.1, "PEFT": 0.4, "addmm": 0.2, "lora_kernels": 0.11}
+    return {
+        "machine_info": {
+            "device": "cpu-x-amx-2threads",
+            "cpu": "X",
+            "instruction_set": "amx",
+            "threads": 2,
+            "torch": "2.13.0",
+            "triton": None,
+        },
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-01-02T03:04:05+00:00",
+        "benchmarks": [
+            *entries("bgmv, 8 rows", {"lora_kernels": 250e-6, "addmm loop": 1e-3, "gather + einsum": 2e-3}, **op),
+            *entries("sgmv, 8 segments × 128 rows", {"lora_kernels": 4e-3, "addmm loop": 6e-3}, **op),
+            *entries("call overhead", {"bgmv": 4.25e-6, "torch.addmm": 2e-6}),
+            *entries("roofs", {"read": 0.01, "float32": 0.1}, amounts={"read": 1e8, "float32": 1e10}),
+            *entries("step, mixed", steps, **step, mixed=True, adapters="bf16"),
+            *entries("step, one", {**steps, "lora_kernels": 0.104}, **step, mixed=False, adapters="fp32 masters"),
+        ],
+    }
+
+
+@pytest.fixture
+def saved(found, tmp_path):
+    path = tmp_path / "results" / "low_rank.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(found))
+    return path
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(README)
+    return path
+
+
+def cells(text, first):
+    """The cells of the markdown row that begins with ``first``."""
+    (row,) = [line for line in text.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_tables_say_what_the_results_say(report, found, tmp_path):
+    text = report.insert(README, [report.Result(found)], tmp_path)
+    assert cells(text, "bgmv, 8 rows") == ["250", "8.0", "80%", "80%", "4.0× [4.0, 4.0]", "8.0× [8.0, 8.0]"]
+    assert cells(text, "sgmv, 8 segments × 128 rows") == ["4000", "0.5", "5%", "5%", "1.5× [1.5, 1.5]", ""]
+    assert cells(text, "one call") == ["4.2", "2.0"]
+    assert cells(text, "roof") == ["10", "100"]
+    both = ["100.0 ms", "4.00× [4.00, 4.00]", "2.00× [2.00, 2.00]"]
+    assert cells(text, "8 × 64, mixed") == ["bf16", *both, "1.10× [1.10, 1.10]"]
+    assert cells(text, "8 × 64, one adapter") == ["fp32 masters", *both, "1.04× [1.04, 1.04]"]
+    assert "X, amx, 2 threads; torch 2.13.0; medians of 31 rounds" in text
+    assert "2026-01-02, 012345678" in text
+
+
+def test_each_table_is_whole(report, found, tmp_path):
+    text = report.insert(README, [report.Result(found)], tmp_path)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_only_what_is_marked_changes(report, found, tmp_path):
+    text = report.insert(README, [report.Result(found)], tmp_path)
+    assert "stale" not in text
+    assert re.sub(r"(-->\n).*?(<!-- /)", r"\1\2", text, flags=re.DOTALL) == README.replace("stale\n", "")
+    assert report.insert(text, [report.Result(found)], tmp_path) == text
+
+
+def test_what_has_no_result_is_not_yet_measured(report, found, tmp_path):
+    text = report.insert(README, [], tmp_path)
+    assert text.count("CPU: not yet measured.") == text.count("GPU: not yet measured.") == 2
+    text = report.insert(README, [report.Result(found)], tmp_path)
+    assert "CPU: not" not in text
+    assert text.count("GPU: not yet measured.") == 2
+    gpu = {**found, "machine_info": {**found["machine_info"], "device": "gpu-y"}}
+    assert "not yet" not in report.insert(README, [report.Result(found), report.Result(gpu)], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("nothing", "no marker"),
+        ("<!-- benchmarks:other -->\n<!-- /benchmarks:other -->\n", "unknown marker other"),
+        ("<!-- benchmarks:peft -->\n", "has no <!-- /benchmarks:NAME -->"),
+    ],
+)
+def test_bad_markers_are_errors(report, readme, saved, capsys, text, message):
+    readme.write_text(text)
+    with pytest.raises(SystemExit):
+        report.main([str(saved), "--readme", str(readme)])
+    assert message in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_check_fails_until_the_readme_is_written(report, readme, saved, capsys):
+    command = [str(saved), "--readme", str(readme)]
+    assert report.main([*command, "--check"]) == 1
+    assert "is not what the results say" in capsys.readouterr().out
+    assert readme.read_text() == README
+    assert report.main(command) == 0
+    assert report.main([*command, "--check"]) == 0
+
+
+def test_print_shows_every_row(report, saved, capsys):
+    assert report.main([str(saved), "--print"]) == 0
+    out = capsys.readouterr().out
+    for text in ("bgmv, 8 rows", "4.0× [4.0, 4.0]", "8 × 64, mixed", "1.10× [1.10, 1.10]"):
+        assert text in out
+
+
+def test_the_picture_is_small_the_same_twice_and_in_the_readme(report, saved, readme):
+    pytest.importorskip("matplotlib")
+    picture = saved.with_suffix(".svg")
+    for _ in range(2):
+        assert report.main([str(saved), "--picture"]) == 0
+        first = picture.read_bytes()
+    report.main([str(saved), "--picture", "--readme", str(readme)])
+    assert picture.read_bytes() == first
+    assert 1000 < len(first) < 100_000
+    assert "(results/low_rank.svg)" in readme.read_text()
+
+
+def test_committed_results_name_no_machine():
+    for path in COMMITTED:
+        text = path.read_text()
+        assert path.parent.name == json.loads(text)["machine_info"]["device"]
+        assert not re.search(r'"node"|"/\w|/home/', text), path
+
+
+@pytest.mark.skipif(not COMMITTED, reason="no committed result")
+def test_the_readme_has_the_committed_results(report):
+    assert report.main(["--readme", str(ROOT / "README.md"), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    "cpu, device",
+    [
+        ("Intel(R) Xeon(R) Processor", "cpu-xeon-amx-2threads"),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", "cpu-core-i7-8700k-amx-2threads"),
+        ("AMD EPYC 7763 64-Core Processor", "cpu-epyc-7763-amx-2threads"),
+        ("", "cpu-amx-2threads"),
+    ],
+)
+def test_a_device_has_a_name(monkeypatch, cpu, device):
+    import machine
+
+    monkeypatch.setattr(machine, "cpu_name", lambda: cpu)
+    monkeypatch.setattr(machine, "instruction_set", lambda: "amx")
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 2)
+    assert machine.slug() == device
+
+
+def test_what_computes_something_else_is_not_timed():
+    import compare
+
+    oracle = torch.randn(64, 64, dtype=torch.float64)
+    plain = oracle.bfloat16()
+    compare.check({compare.OURS: plain, "other": plain}, oracle, plain)
+    for name in (compare.OURS, "other"):
+        with pytest.raises(AssertionError, match=name):
+            compare.check({name: plain + 0.1}, oracle, plain)
+        with pytest.raises(AssertionError, match=name):
+            compare.check({name: torch.full_like(plain, torch.nan)}, oracle, plain)
+
+
+def test_a_bound_is_flops_and_bytes_over_what_was_measured():
+    import roofs
+
+    work = roofs.Work(flops=3 * 10**9, bytes=2 * 10**9)
+    assert roofs.bound(work, {"read": 10e9, "bfloat16": 30e9}) == pytest.approx(0.3)
+    assert roofs.bound(work, {"read": 10e9, "copy": 20e9, "bfloat16": 30e9}) == pytest.approx(0.2)
