@@ -112,7 +112,7 @@ def _factor(factors: Sequence[Tensor], slice_: int, adapter: int) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def lora_shrink(
@@ -151,7 +151,7 @@ def lora_expand_(
     scale: float,
 ) -> None:
     """y += s · w · v Bᵀ, each slice into its own columns, the pairs of a row summed and rounded into y once."""
-    out = y.reshape(-1, y.shape[-1]).to(v.dtype, copy=True)
+    out = _rows(y).to(v.dtype, copy=True)
     k = max(v.shape[1] // max(out.shape[0], 1), 1)
     for adapter, pair in pairs_by_adapter(out.shape[0], num_adapters(B), ids, indptr, plan, y.device):
         start = 0
@@ -181,7 +181,7 @@ def lora_add_(
     scale: float,
 ) -> None:
     """y += s · w · (x Aᵀ) Bᵀ: the shrink and the expand in one call."""
-    rows = x.numel() // max(x.shape[-1], 1)
+    rows = x.shape[:-1].numel()
     pairs = weights.numel() if weights is not None else num_pairs(rows, ids, indptr)
     v = lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
     lora_expand_(y, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
