@@ -258,3 +258,18 @@ def test_no_rows_of_any_strides(backend):
     assert v.shape == (1, 0, 3)
     assert lk.bgmv_expand(y, v, B, ids).shape == (0, 4)
     assert lk.multi_lora(x, A, B, ids).shape == (0, 4)
+
+
+@pytest.mark.parametrize("M, K, N, R", ((0, 32, 24, 4), (4, 0, 24, 4), (4, 32, 0, 4), (4, 32, 24, 0), (4, 0, 0, 0)))
+def test_sizes_of_zero(M, K, N, R, backend):
+    """A sum over nothing is 0, so y stays; gradients have their shapes."""
+    x, A, B, y = torch.randn(M, K), torch.randn(2, R, K), torch.randn(2, N, R), torch.ones(M, N)
+    ids = torch.tensor([1, 0, -1, 1])[:M]
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, ids), y)
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, lk.BatchPlan.from_ids(ids, 2)), y)
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    out = lk.multi_lora(*leaves, ids, y=y)
+    assert bitwise_equal(out.detach(), y)
+    for grad, leaf in zip(torch.autograd.grad(out, leaves, torch.ones(M, N)), leaves, strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()

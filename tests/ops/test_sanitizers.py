@@ -1,4 +1,4 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: the op tests once more, in their own process."""
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: the op tests again, in another process."""
 
 import os
 import re
