@@ -92,9 +92,11 @@ def expected_value(sample):
     return low_rank_oracle(**a), low_rank_plain(**a), a["x"].shape[-1] ** 0.5 * 2**-24 * low_rank_terms(**a)
 
 
-def check(sample):
+def check(sample, count=1):
+    """The gradients of a sample, made with ``count`` threads, and its value."""
     a = sample.make(0)
-    out, got = gradients(lk.multi_lora, a, upstream(a))
+    with threads(count):
+        out, got = gradients(lk.multi_lora, a, upstream(a))
     for name, (oracle, plain, noise) in expected(sample).items():
         assert got[name].dtype == leaves(a)[name].dtype
         assert_within_rule(got[name], oracle, plain, noise=noise, what=f"the gradient of {name} in {sample.name}")
@@ -129,9 +131,7 @@ def test_every_instruction_set(name, isa):
 def test_two_threads(name, cpu_backend):
     for sample in low_rank_samples(*LOW_RANK_DTYPES[name]):
         if "nan" not in sample.traits:
-            expected(sample)
-            with threads(2):
-                check(sample)
+            check(sample, count=2)
 
 
 GRADCHECK = [s for s in low_rank_samples(*FP64) if not s.traits & {"large", "nan"}]
