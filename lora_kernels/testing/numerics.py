@@ -35,7 +35,8 @@ def bitwise_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same dtype, shape and bits; a NaN equals itself and -0 is not 0."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.reshape(-1).contiguous().view(torch.uint8), b.reshape(-1).contiguous().view(torch.uint8))
+    a, b = (t.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
 
 
 def assert_within_rule(
