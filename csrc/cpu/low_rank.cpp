@@ -341,7 +341,7 @@ void for_each_task(int64_t tasks, bool parallel, const F& f) {
 }
 
 // Below this many bytes of factors and rows one thread is done before a second one has woken up.
-constexpr int64_t kWorthThreads = 96 << 10;
+constexpr int64_t kWorthThreads = 160 << 10;
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
