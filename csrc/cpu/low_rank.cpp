@@ -87,6 +87,8 @@ struct Matrix {
     STD_TORCH_CHECK(last >= 0, "a scalar has no rows");
     columns = stride = sizes[last];
     rows = 1;
+    for (int64_t d = 0; d < last; ++d) rows *= sizes[d];
+    if (rows * columns == 0) return true;
     if (columns > 1 && strides[last] != 1) return false;
     bool first = true;
     int64_t expected = 0;
@@ -94,11 +96,10 @@ struct Matrix {
       if (sizes[d] == 1) continue;
       if (first)
         stride = strides[d];
-      else if (strides[d] != expected && rows > 0 && sizes[d] > 0)
+      else if (strides[d] != expected)
         return false;
       first = false;
       expected = strides[d] * sizes[d];
-      rows *= sizes[d];
     }
     return true;
   }
@@ -128,11 +129,12 @@ struct Factors {
   std::vector<int64_t> widths;  // of each slice
   std::vector<Tensor> copies;
   int64_t slices = 1, adapters = 0, padded_rank = 0, total = 0;
+  bool stacked;
 
   // rank_dim: 0 for A ([rank, K]), 1 for B ([N, rank]), counted in the matrix of one adapter.
   Factors(const std::vector<Tensor>& tensors, int rank_dim) {
     STD_TORCH_CHECK(!tensors.empty(), "no factors");
-    bool stacked = tensors[0].dim() == 3;
+    stacked = tensors[0].dim() == 3;
     slices = stacked ? tensors.size() : 1;
     adapters = stacked ? tensors[0].size(0) : tensors.size();
     DType dtype = dtype_of(tensors[0]);
@@ -582,7 +584,8 @@ const float* data_or_null(const OptionalTensor& t) { return t ? static_cast<cons
 int64_t per_row(const OptionalTensor& weights) { return weights ? weights->size(1) : 1; }
 
 void check_same_form(const Factors& A, const Factors& B) {
-  STD_TORCH_CHECK(A.slices == B.slices && A.adapters == B.adapters && A.table[0].dtype == B.table[0].dtype,
+  STD_TORCH_CHECK(A.stacked == B.stacked && A.slices == B.slices && A.adapters == B.adapters &&
+                      A.table[0].dtype == B.table[0].dtype,
                   "A and B differ");
   for (size_t i = 0; i < A.table.size(); ++i)
     STD_TORCH_CHECK(A.table[i].rank == B.table[i].rank, "A and B differ in rank");
@@ -620,7 +623,7 @@ Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, O
   Routing routing(ids, indptr, plan, in.rows, a.adapters, k);
   STD_TORCH_CHECK(routing.pairs == pairs, "pairs");
   Tensor v = torch::stable::new_empty(x, {a.slices, pairs, a.padded_rank}, ScalarType::Float);
-  std::memset(v.data_ptr(), 0, v.numel() * sizeof(float));
+  if (v.numel()) std::memset(v.data_ptr(), 0, v.numel() * sizeof(float));
   LowRank op{routing, a.slices, a.padded_rank};
   op.x = &in, op.A = &a, op.v_out = static_cast<float*>(v.data_ptr());
   op.run();
@@ -662,7 +665,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
   int64_t P = left.columns, Q = right.columns;
   Tensor out = torch::stable::new_empty(u, {adapters, P, Q}, ScalarType::Float);
   float* data = static_cast<float*>(out.data_ptr());
-  std::memset(data, 0, out.numel() * sizeof(float));
+  if (out.numel()) std::memset(data, 0, out.numel() * sizeof(float));
   const float* weight = data_or_null(weights);
   const LowRankKernels& kernels = low_rank_kernels();
   int64_t width = std::max<int64_t>(divide_up(divide_up(Q, 2 * torch::stable::get_num_threads()), 64) * 64, 64);

@@ -42,13 +42,22 @@ def _flops(x_rows: int, in_features: int, out_features: int, rank: int) -> int:
     return 2 * x_rows * rank * (in_features + out_features)
 
 
+def _one_device(*args: Any) -> None:
+    """What a fake must see to, since one meta tensor among others brings a call to it."""
+    devices = {t.device for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"tensors on {len(devices)} devices")
+
+
 def _fake_shrink(x, A, ids, indptr, plan, ranks, pairs):
+    _one_device(x, A, ids, indptr, plan, ranks)
     return x.new_empty(
         reference.num_slices(A), pairs, reference.padded_rank(A), dtype=reference.accumulate_dtype(x.dtype)
     )
 
 
 def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, pairs):
+    _one_device(u, w, ids, indptr, plan, scaling, weights)
     dtype = reference.accumulate_dtype(torch.promote_types(u.dtype, w.dtype))
     return u.new_empty(num_adapters, u.shape[-1], w.shape[-1], dtype=dtype)
 
@@ -56,9 +65,9 @@ def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, 
 lora_add_ = Op(
     reference.lora_add_,
     mutates=("y",),
-    fake=lambda y, x, A, B, *rest: None,
+    fake=_one_device,
     flops=lambda y, x, A, B, *rest, out_val=None, **kwargs: _flops(
-        x.numel() // max(x.shape[-1], 1),
+        x.shape[:-1].numel() * (1 if rest[5] is None else rest[5].shape[1]),
         x.shape[-1] * reference.num_slices(A),
         _out_features(B),
         reference.padded_rank(A),
@@ -74,7 +83,7 @@ lora_shrink = Op(
 lora_expand_ = Op(
     reference.lora_expand_,
     mutates=("y",),
-    fake=lambda y, v, B, *rest: None,
+    fake=_one_device,
     flops=lambda y, v, B, *rest, out_val=None, **kwargs: _flops(v.shape[1], 0, _out_features(B), v.shape[2]),
 )
 lora_outer = Op(
@@ -108,8 +117,12 @@ def _write(op: Op, check: Callable[..., Any], args: tuple) -> Tensor:
     return y
 
 
-def _factors(value: Factors) -> Sequence[Tensor]:
-    return (value,) if isinstance(value, Tensor) else value
+def _factors(name: str, value: Factors) -> Sequence[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} must be a tensor or a tuple or list of tensors, got {type(value).__name__}")
+    return value
 
 
 def _routing(adapter_ids: Tensor | BatchPlan) -> tuple[Tensor | None, Tensor | None]:
@@ -145,7 +158,7 @@ def _scaling(scaling: Any) -> tuple[float, Tensor | None]:
 def _refuse_grad(name: str, instead: str, *tensors: Any) -> None:
     """In-place functions are not differentiable."""
     for t in tensors:
-        for one in (t,) if isinstance(t, Tensor) else t or ():
+        for one in t if isinstance(t, (tuple, list)) else (t,):
             if isinstance(one, Tensor) and one.requires_grad:
                 raise RuntimeError(
                     f"{name} works in place and is not differentiable, but one of its tensors requires grad: "
@@ -180,7 +193,7 @@ def bgmv(
         IndexError: an id below -1 or not below L (on a GPU such a row gets no adapter).
         RuntimeError: grad mode is on and a tensor requires grad; use :func:`multi_lora`.
     """
-    A, B = _factors(A), _factors(B)
+    A, B = _factors("A", A), _factors("B", B)
     ids, plan = _routing(adapter_ids)
     scale, scaling = _scaling(scaling)
     if torch.is_grad_enabled():
@@ -214,7 +227,7 @@ def sgmv(
     Raises:
         As :func:`bgmv`.
     """
-    A, B = _factors(A), _factors(B)
+    A, B = _factors("A", A), _factors("B", B)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
     scale, scaling = _scaling(scaling)
     if torch.is_grad_enabled():
@@ -231,7 +244,7 @@ def bgmv_shrink(x: Tensor, A: Factors, adapter_ids: Tensor | BatchPlan, *, ranks
     Raises:
         As :func:`bgmv`.
     """
-    A = _factors(A)
+    A = _factors("A", A)
     ids, plan = _routing(adapter_ids)
     if torch.is_grad_enabled():
         _refuse_grad("bgmv_shrink", "multi_lora", x, A)
@@ -247,7 +260,7 @@ def sgmv_shrink(
     ranks: Tensor | None = None,
 ) -> Tensor:
     """:func:`bgmv_shrink` by segments, as :func:`sgmv` takes them."""
-    A = _factors(A)
+    A = _factors("A", A)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
     if torch.is_grad_enabled():
         _refuse_grad("sgmv_shrink", "multi_lora", x, A)
@@ -283,7 +296,7 @@ def bgmv_expand(
     Raises:
         As :func:`bgmv`.
     """
-    B = _factors(B)
+    B = _factors("B", B)
     ids, plan = _routing(adapter_ids)
     if torch.is_grad_enabled():
         _refuse_grad("bgmv_expand", "multi_lora", y, v, B)
@@ -302,7 +315,7 @@ def sgmv_expand(
     ranks: Tensor | None = None,
 ) -> Tensor:
     """:func:`bgmv_expand` by segments, as :func:`sgmv` takes them."""
-    B = _factors(B)
+    B = _factors("B", B)
     ids, indptr, plan = _segments(seg_indptr, adapter_ids)
     if torch.is_grad_enabled():
         _refuse_grad("sgmv_expand", "multi_lora", y, v, B)
@@ -334,7 +347,7 @@ def multi_lora(
     Raises:
         As :func:`bgmv`.
     """
-    A, B = _factors(A), _factors(B)
+    A, B = _factors("A", A), _factors("B", B)
     ids, plan = _routing(adapter_ids)
     scale, scaling = _scaling(scaling)
     return _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale)
@@ -345,8 +358,10 @@ def _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale) -> Tensor
     if y is None:
         _check.factors("B", B, x, "[L, N, R], or a tuple of those")
         y = x.new_zeros(*x.shape[:-1], _out_features(B))
-    elif not _needs_grad(y, x, weights, *A, *B):
-        y = y.clone()
+    else:
+        _check.tensor("y", y)
+        if not _needs_grad(y, x, weights, *A, *B):
+            y = y.clone()
     args = (ids, None, plan, scaling, ranks, weights, scale)
     if _needs_grad(y, x, weights, *A, *B):
         return _MultiLora.apply(y, x, weights, args, len(A), *A, *B)
@@ -514,8 +529,10 @@ def lora_linear(
 
 
 def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
-    for name, value in (("x", x), ("weight", weight), ("A", A), ("B", B)):
+    _check.floating("x", x)
+    for name, value in (("weight", weight), ("A", A), ("B", B)):
         _check.tensor(name, value)
+        _check.same_device(name, value, x)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         K = x.shape[-1] if x.dim() else "K"
         raise ValueError(f"weight must be [N, {K}] for x {_check.shape(x)}, got {_check.shape(weight)}")
@@ -529,6 +546,9 @@ def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
         raise ValueError(f"B must be [{weight.shape[0]}, {A.shape[0]}] for the weight, got {_check.shape(B)}")
     if bias is not None:
         _check.tensor("bias", bias)
+        _check.same_device("bias", bias, x)
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias must be {x.dtype} as x, got {bias.dtype}")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be [{weight.shape[0]}], got {_check.shape(bias)}")
 
