@@ -536,7 +536,7 @@ struct LowRank {
 
   // Columns of y to floats [rows, 64] or back.
   static void convert(const Matrix& y, int64_t column, int64_t columns, float* out, bool from_y) {
-    // s · uᵀ w with one row each is a conversion; here plain loops do, since mixtures are bound by their factors.
+    // Plain loops: a mixture is bound by its factors, not by this.
     for (int64_t i = 0; i < y.rows; ++i) {
       char* row = static_cast<char*>(y.data) + (i * y.stride + column) * element_size(y.dtype);
       float* wide = out + i * 64;
