@@ -585,7 +585,7 @@ int64_t per_row(const OptionalTensor& weights) { return weights ? weights->size(
 
 void check_same_form(const Factors& A, const Factors& B) {
   STD_TORCH_CHECK(A.stacked == B.stacked && A.slices == B.slices && A.adapters == B.adapters &&
-                      A.table[0].dtype == B.table[0].dtype,
+                      (A.table.empty() || A.table[0].dtype == B.table[0].dtype),
                   "A and B differ");
   for (size_t i = 0; i < A.table.size(); ++i)
     STD_TORCH_CHECK(A.table[i].rank == B.table[i].rank, "A and B differ in rank");

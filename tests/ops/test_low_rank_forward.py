@@ -270,3 +270,12 @@ def test_sizes_of_zero(M, K, N, R, backend):
     for grad, leaf in zip(torch.autograd.grad(out, leaves, torch.ones(M, N)), leaves, strict=True):
         assert grad.shape == leaf.shape
         assert not grad.any()
+
+
+def test_no_adapters_at_all(backend):
+    x, A, B, y = torch.randn(4, 32), torch.randn(0, 8, 32), torch.randn(0, 24, 8), torch.ones(4, 24)
+    ids = torch.full((4,), -1)
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, ids), y)
+    assert bitwise_equal(lk.multi_lora(x.requires_grad_(), A, B, ids, y=y).detach(), y)
+    with pytest.raises(IndexError, match=r"adapter_ids\[0\] is 0"):
+        lk.bgmv(y, x.detach(), A, B, ids + 1)
