@@ -334,9 +334,8 @@ LK_INLINE void add_columns(const float* c, bf16* const* y, int m, int64_t n, int
 // The expand's operands have their ranks cut into steps. Up to 16 ranks are one step, in which the two parts of v lie
 // side by side and B stands twice; beyond, a step is 32 ranks and the parts of v are tiles of their own.
 struct Steps {
-  int rank, count, parts;
-  explicit Steps(int rank_)
-      : rank(rank_), count(rank_ <= 16 ? 1 : (rank_ + DEPTH - 1) / DEPTH), parts(rank_ <= 16 ? 1 : 2) {}
+  int count, parts;
+  explicit Steps(int rank) : count(rank <= 16 ? 1 : (rank + DEPTH - 1) / DEPTH), parts(rank <= 16 ? 1 : 2) {}
   LK_INLINE int tiles() const { return count * parts; }
 };
 
