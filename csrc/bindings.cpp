@@ -1,7 +1,192 @@
-// Importing lora_kernels._C runs the static registrations of cpu/ and cuda/; the schemas live in Python.
+// The extension module. Importing it registers the kernels of cpu/ and cuda/; the schemas live in Python.
+//
+// Besides, it holds what Python calls a hundred times for one token of a model, where the dispatcher's price shows:
+// `lora_add_` without the dispatcher, and `unchanged`, which tells whether what was read of a module still holds.
 #include <Python.h>
 
+#include <exception>
+
+#include "cpu/low_rank_add.h"
+#include "dlpack.h"
+
+namespace lora_kernels {
+namespace {
+
+const dlpack::Exchange* exchange = nullptr;
+PyObject* tensor_types = nullptr;  // exact types that are plain tensors
+PyObject* watchers = nullptr;      // functions; what one of them reports would not see a call made here
+
+ScalarType element_type(dlpack::DataType type) {
+  if (type.lanes == 1) {
+    if (type.code == dlpack::kFloat && type.bits == 32) return ScalarType::Float;
+    if (type.code == dlpack::kFloat && type.bits == 16) return ScalarType::Half;
+    if (type.code == dlpack::kBfloat && type.bits == 16) return ScalarType::BFloat16;
+    if (type.code == dlpack::kInt && type.bits == 32) return ScalarType::Int;
+    if (type.code == dlpack::kInt && type.bits == 64) return ScalarType::Long;
+  }
+  throw NeedsDispatcher();
+}
+
+bool is_plain(PyObject* object) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (Py_ssize_t i = 0, n = PyTuple_Size(tensor_types); i < n; ++i)
+    if (PyTuple_GetItem(tensor_types, i) == type) return true;
+  return false;
+}
+
+View view_of(PyObject* object) {
+  dlpack::Tensor t;
+  if (!is_plain(object)) throw NeedsDispatcher();
+  if (exchange->view_of_object(object, &t) != 0) {
+    PyErr_Clear();
+    throw NeedsDispatcher();
+  }
+  // The negative of a complex tensor's imaginary part is a view that torch negates when it is read. Each of its
+  // strides is even.
+  bool dense = t.device.type == dlpack::kCPU;
+  bool unit = false;
+  for (int d = 0; d < t.ndim; ++d) unit |= t.shape[d] > 1 && t.strides[d] == 1;
+  if (!dense || (!unit && t.dtype.code == dlpack::kFloat)) throw NeedsDispatcher();
+  View view;
+  view.data = static_cast<char*>(t.data) + t.byte_offset;
+  view.sizes = t.shape;
+  view.strides = t.strides;
+  view.dims = t.ndim;
+  view.type = element_type(t.dtype);
+  view.on_cpu = true;
+  return view;
+}
+
+// Views of a sequence of tensors, which it keeps alive.
+struct Sequence {
+  std::vector<PyObject*> objects;
+  std::vector<View> views;
+
+  explicit Sequence(PyObject* sequence) {
+    bool list = PyList_Check(sequence);
+    if (!list && !PyTuple_Check(sequence)) throw NeedsDispatcher();
+    Py_ssize_t n = list ? PyList_Size(sequence) : PyTuple_Size(sequence);
+    objects.reserve(n);
+    views.reserve(n);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      PyObject* item = list ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i);
+      views.push_back(view_of(item));
+      Py_INCREF(item);
+      objects.push_back(item);
+    }
+  }
+  ~Sequence() {
+    for (PyObject* object : objects) Py_DECREF(object);
+  }
+  Sequence(const Sequence&) = delete;
+  operator Views() const { return {views.data(), views.size()}; }
+};
+
+struct Optional {
+  View view;
+  bool given;
+  explicit Optional(PyObject* object) : given(object != Py_None) {
+    if (given) view = view_of(object);
+  }
+  operator const View*() const { return given ? &view : nullptr; }
+};
+
+struct WithoutGIL {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGIL() { PyEval_RestoreThread(state); }
+};
+
+bool watched() {
+  for (Py_ssize_t i = 0, n = PyTuple_Size(watchers); i < n; ++i) {
+    PyObject* answer = PyObject_CallNoArgs(PyTuple_GetItem(watchers, i));
+    if (!answer) {
+      PyErr_Clear();
+      return true;
+    }
+    int yes = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    if (yes != 0) return true;
+  }
+  return false;
+}
+
+PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 11) {
+    PyErr_SetString(PyExc_TypeError, "lora_add_ takes 11 arguments");
+    return nullptr;
+  }
+  if (!exchange || watched()) Py_RETURN_FALSE;
+  double scale = PyFloat_AsDouble(args[10]);
+  if (scale == -1.0 && PyErr_Occurred()) return nullptr;
+  try {
+    View y = view_of(args[0]), x = view_of(args[1]);
+    Sequence A(args[2]), B(args[3]);
+    Optional ids(args[4]), indptr(args[5]), plan(args[6]), scaling(args[7]), ranks(args[8]), weights(args[9]);
+    WithoutGIL unlocked;
+    low_rank_add(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, scale);
+  } catch (const NeedsDispatcher&) {
+    Py_RETURN_FALSE;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_TRUE;
+}
+
+// connect(capsule, types, watchers)
+PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 3 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "connect takes a capsule and two tuples");
+    return nullptr;
+  }
+  auto* offered = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
+  if (!offered) return nullptr;
+  while (offered && offered->major != 1) offered = offered->older;
+  if (!offered || !offered->view_of_object) Py_RETURN_FALSE;
+  exchange = offered;
+  Py_INCREF(args[1]);
+  Py_INCREF(args[2]);
+  tensor_types = args[1];
+  watchers = args[2];
+  Py_RETURN_TRUE;
+}
+
+// unchanged(facts)
+PyObject* unchanged(PyObject*, PyObject* facts) {
+  if (!PyTuple_Check(facts)) {
+    PyErr_SetString(PyExc_TypeError, "facts must be a tuple");
+    return nullptr;
+  }
+  Py_ssize_t count = PyTuple_Size(facts);
+  for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
+    PyObject *object = PyTuple_GetItem(facts, i), *key = PyTuple_GetItem(facts, i + 1);
+    PyObject* expected = PyTuple_GetItem(facts, i + 2);
+    if (key == Py_None) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != expected) Py_RETURN_FALSE;
+      continue;
+    }
+    PyObject* found = PyDict_GetItemWithError(object, key);
+    if (!found) {
+      if (PyErr_Occurred()) return nullptr;
+      found = Py_Ellipsis;
+    }
+    if (found != expected) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef methods[] = {
+    {"lora_add_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(add)), METH_FASTCALL, nullptr},
+    {"connect", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(connect)), METH_FASTCALL, nullptr},
+    {"unchanged", unchanged, METH_O, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+}  // namespace lora_kernels
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, lora_kernels::methods,
+                               nullptr,               nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

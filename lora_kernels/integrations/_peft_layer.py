@@ -1,17 +1,19 @@
 """The forward of a patched PEFT LoRA layer: y = x Wᵀ + b + Σᵢ sᵢ (x Aᵢᵀ) Bᵢᵀ, or PEFT's own where that must run.
 
-A call is taken by reading the layer's state as it is now, in dictionary lookups, since the whole of it must cost a few
-microseconds: nothing derived from the layer is kept between calls. Whatever could change the result in silence (hooks,
-dropout, a variant, autocast, another class of module or parameter) is looked at; what the kernels refuse before they
-write anything (shapes, dtypes, devices) is left to them, and the call then goes to PEFT. :func:`slow_reason` says the
-same in words.
+Whatever could change the result in silence (hooks, dropout, a variant, autocast, another class of module or parameter)
+is looked at; what the kernels refuse before they write anything (shapes, dtypes, devices) is left to them, and the call
+then goes to PEFT. :func:`slow_reason` says the same in words.
+
+The whole of it must cost a few microseconds, with the layer's objects in no cache. So what is found is kept in the layer
+together with every dictionary entry and type that it was read from, and the next call holds these against the layer as
+it is then, in one compiled loop. Hooks have many places: that none was made since is seen by the number of the last.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -21,9 +23,10 @@ from torch.compiler import is_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 from torch.nn.modules import module as _globals
+from torch.utils.hooks import RemovableHandle
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend
+from ..ops._dispatch import extension_error, forced_backend, unchanged
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names, scaling_tensor
@@ -39,7 +42,11 @@ _autocast = torch._C._is_any_autocast_enabled
 _forward_pre_hooks, _forward_hooks = _globals._global_forward_pre_hooks, _globals._global_forward_hooks
 _backward_pre_hooks, _backward_hooks = _globals._global_backward_pre_hooks, _globals._global_backward_hooks
 _compiled = extension_error is None
-_add = lora_add_.overload
+_add, _native = lora_add_.overload, lora_add_.native
+
+STATES = "_lora_kernels_states"  # where a layer keeps its states
+MOST_STATES = 4
+ABSENT = ...  # what a dictionary without the key has, in C++ too
 
 
 class FusedMixin:
@@ -83,43 +90,37 @@ def _forced_in_vain(x: Any) -> bool:
 
 def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     """The layer's output, or None where PEFT's own forward must run."""
-    d = layer.__dict__
-    if (
-        type(x) is not Tensor
-        or x.dtype is torch.float64
-        or d["_disable_adapters"]
-        or d["merged_adapters"]
-        or not d["cast_input_dtype_enabled"]
-        or _unusual()
-    ):
+    if type(x) is not Tensor or x.dtype is torch.float64 or _unusual():
         return None
     compiling = is_compiling()
     forced = None if compiling else forced_backend()
     if forced is None and not (_compiled and x.is_cpu):
         return None
 
-    modules = d["_modules"]
-    base = modules["base_layer"]
-    if type(base) is not Linear or _altered(base.__dict__):
+    d = layer.__dict__
+    if d["merged_adapters"]:
         return None
-    parameters = base._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
-    if type(weight) is not Parameter:
-        return None
-
-    grad = torch.is_grad_enabled()
+    table, wanted = None, d["_active_adapter"]
     if names is None:
-        table, active = None, d["_active_adapter"]
-        factors = _active(d, modules, (active,) if type(active) is str else active, grad)
+        wanted = (wanted,) if type(wanted) is str else tuple(wanted)
     elif compiling:
         return None
     else:
-        table, factors = _mixed(d, modules, x, names, grad)
-    if factors is None:
+        shape = x.shape
+        if len(shape) < 2 or not shape[-1] or len(names) != shape[0]:
+            return None
+        if type(names) is not Names:
+            names = Names(names)
+        rows = x.numel() // shape[-1]
+        wanted, table = names.routing(rows, x)
+    state = _look(d, wanted) if compiling else _recall(d, wanted)
+    if state is None:
         return None
-    A, B, scales = factors
-    grad = grad and _any_requires_grad(x, weight, bias, *A, *B)
-    if grad and weight.requires_grad:
+    weight, bias, A, B, scales, adapters, backward_hooks, _, _ = state
+    if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
+        table = names.among(adapters).routing(rows, x)[1]
+    grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
+    if grad and (weight.requires_grad or backward_hooks):
         return None
 
     scale, scaling = scales[0], None
@@ -129,14 +130,15 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         if grad:
             return _LoRALinear.apply(x, weight, bias, scale, A[0], B[0])
     elif scales.count(scale) != len(scales):
-        scale, scaling = 1.0, scaling_tensor(tuple(scales), x.device)
+        scale, scaling = 1.0, scaling_tensor(scales, x.device)
     y = linear(x, weight, bias)
     if grad:
         return _multi_lora(x, A, B, None, table, scaling, None, None, y, scale)
-    if forced is None:
-        _add(y, x, A, B, None, None, table, scaling, None, None, scale)
-    else:
-        _call(lora_add_, _check.add, y, (y, x, A, B, None, None, table, scaling, None, None, scale))
+    args = (y, x, A, B, None, None, table, scaling, None, None, scale)
+    if forced is not None:
+        _call(lora_add_, _check.add, y, args)
+    elif compiling or _native is None or not _native(*args):
+        _add(*args)
     return y
 
 
@@ -163,71 +165,105 @@ def _altered(d: dict) -> Any:
     )
 
 
-def _factors(d: dict, modules: dict, names: Any, grad: bool) -> tuple[list[Tensor], list[Tensor], list[float]] | None:
-    """(A, B, s) of these adapters; None where there are none or one needs PEFT's forward.
+class State(NamedTuple):
+    """What a layer was found to be: its factors in the order of ``adapters``, those of the wanted ones that it has."""
 
-    ``grad``: whether grad mode is on, without which backward hooks are never called.
-    """
-    lora_A, lora_B = modules["lora_A"]._modules, modules["lora_B"]._modules
-    dropouts, variants, scaling = modules["lora_dropout"]._modules, d["lora_variant"], d["scaling"]
-    A: list[Tensor] = []
-    B: list[Tensor] = []
-    scales: list[float] = []
-    for name in names:
-        a, b, dropout, scale = lora_A[name], lora_B[name], dropouts[name], scaling[name]
-        a_, b_, dropout_ = a.__dict__, b.__dict__, dropout.__dict__
+    weight: Parameter
+    bias: Tensor | None
+    A: list[Tensor]
+    B: list[Tensor]
+    scales: tuple[float, ...]
+    adapters: tuple[str, ...]
+    backward_hooks: bool
+    facts: tuple
+    hooks_made: int
+
+
+class _States(dict):
+    """The states of one layer by wanted adapters; they stay behind when the layer is copied or pickled."""
+
+    owner: dict
+
+    def __reduce__(self) -> Any:
+        return _States, ()
+
+
+def _recall(d: dict, wanted: tuple[str, ...]) -> State | None:
+    """The state of the layer whose ``__dict__`` this is: the one it was last seen in, if all that was read still holds."""
+    states = d.get(STATES)
+    if states is not None and states.owner is d:
+        state = states.get(wanted)
+        if state is not None and state.hooks_made == RemovableHandle.next_id and unchanged(state.facts):
+            return state
+    else:
+        states = None
+    state = _look(d, wanted)
+    if state is not None:
+        if states is None:
+            states = d[STATES] = _States()
+            states.owner = d
+        elif len(states) >= MOST_STATES and wanted not in states:
+            del states[next(iter(states))]
+        states[wanted] = state
+    return state
+
+
+def _look(d: dict, wanted: tuple[str, ...]) -> State | None:
+    """The state of the layer whose ``__dict__`` this is; None where PEFT's forward must run."""
+    facts: list[Any] = []
+
+    def read(holder: dict, key: str) -> Any:
+        value = holder.get(key, ABSENT)
+        facts.extend((holder, key, value))
+        return value
+
+    def is_a(module: Module, *kinds: type) -> bool:
+        kind = type(module)
+        facts.extend((module, None, kind))
+        return kind in kinds and read(module.__dict__, "forward") is ABSENT
+
+    if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
+        return None
+    modules = read(d, "_modules")
+    base = read(modules, "base_layer")
+    if not is_a(base, Linear) or _altered(base.__dict__):
+        return None
+    weight, bias = read(base._parameters, "weight"), read(base._parameters, "bias")
+    if type(weight) is not Parameter:
+        return None
+    lora_A, lora_B, dropouts = (read(modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
+    variants, scaling = read(d, "lora_variant"), read(d, "scaling")
+    A, B, scales, adapters, backward_hooks = [], [], [], [], False
+    for name in wanted:
+        a = read(lora_A, name)
+        if a is ABSENT:
+            continue
+        b, dropout, scale = read(lora_B, name), read(dropouts, name), read(scaling, name)
         if (
-            name in variants
-            or type(a) is not Linear
-            or type(b) is not Linear
-            or (type(scale) is not float and type(scale) is not int)
-            or (type(dropout) is not Identity and (type(dropout) is not Dropout or (dropout.training and dropout.p)))
-            # _altered of the three, written out: with many adapters its calls would cost more than all the rest
-            or a_["_forward_hooks"]
-            or a_["_forward_pre_hooks"]
-            or "forward" in a_
-            or b_["_forward_hooks"]
-            or b_["_forward_pre_hooks"]
-            or "forward" in b_
-            or dropout_["_forward_hooks"]
-            or dropout_["_forward_pre_hooks"]
-            or "forward" in dropout_
-            or (grad and (_altered(a_) or _altered(b_) or _altered(dropout_)))
+            not is_a(a, Linear)
+            or not is_a(b, Linear)
+            or not is_a(dropout, Identity, Dropout)
+            or (type(dropout) is Dropout and read(dropout.__dict__, "training") and read(dropout.__dict__, "p"))
+            or type(scale) not in (float, int)
+            or read(variants, name) is not ABSENT
+            or any(m._forward_hooks or m._forward_pre_hooks for m in (a, b, dropout))
         ):
             return None
-        a_, b_ = a_["_parameters"], b_["_parameters"]
-        a, b = a_["weight"], b_["weight"]
-        if type(a) is not Parameter or type(b) is not Parameter or a_["bias"] is not None or b_["bias"] is not None:
+        weights = [read(m._parameters, "weight") for m in (a, b)]
+        if any(type(w) is not Parameter for w in weights) or any(
+            read(m._parameters, "bias") is not None for m in (a, b)
+        ):
             return None
-        A.append(a)
-        B.append(b)
+        A.append(weights[0])
+        B.append(weights[1])
         scales.append(scale)
-    return (A, B, scales) if A else None
-
-
-def _active(d: dict, modules: dict, names: Any, grad: bool) -> Any:
-    """The factors of those active adapters that this layer has."""
-    try:
-        return _factors(d, modules, names, grad)
-    except KeyError:
-        lora_A = modules["lora_A"]._modules
-        return _factors(d, modules, [name for name in names if name in lora_A], grad)
-
-
-def _mixed(d: dict, modules: dict, x: Tensor, names: Any, grad: bool) -> tuple[Tensor | None, Any]:
-    """(plan table, factors) of a batch whose samples have the adapters ``names``."""
-    shape = x.shape
-    if len(shape) < 2 or not shape[-1] or len(names) != shape[0]:
-        return None, None
-    if type(names) is not Names:
-        names = Names(names)
-    rows = x.numel() // shape[-1]
-    adapters, table = names.routing(rows, x)
-    try:
-        return table, _factors(d, modules, adapters, grad)
-    except KeyError:  # this layer lacks one of them
-        adapters, table = names.among(modules["lora_A"]._modules).routing(rows, x)
-        return table, _factors(d, modules, adapters, grad)
+        adapters.append(name)
+        backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in (a, b, dropout))
+    if not A:
+        return None
+    return State(
+        weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, tuple(facts), RemovableHandle.next_id
+    )
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

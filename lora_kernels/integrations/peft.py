@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("lora_kernels.patch needs PEFT: pip install 'lora_kernels[peft]'") from error
 
 from ._peft_batch import FusedLoraModel, FusedModelMixin
-from ._peft_layer import BASE_ONLY, FusedLinear, FusedMixin, class_reason, slow_reason
+from ._peft_layer import BASE_ONLY, STATES, FusedLinear, FusedMixin, class_reason, slow_reason
 
 logger = logging.getLogger("lora_kernels")
 
@@ -120,6 +120,7 @@ class Handle:
         for module in self.model.modules():
             if isinstance(module, (FusedMixin, FusedModelMixin)):
                 module.__class__ = _unfused(type(module))
+                module.__dict__.pop(STATES, None)
 
     def __repr__(self) -> str:
         report = self.report()

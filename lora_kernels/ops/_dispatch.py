@@ -28,12 +28,39 @@ logger = logging.getLogger(NAMESPACE)
 _library = Library(NAMESPACE, "FRAGMENT")
 
 
+#: Each says whether something is on in this thread that is to see the ops called: a call then takes the dispatcher.
+_WATCHERS = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_torch_function_mode_enabled,
+    torch._C._are_functorch_transforms_active,
+    torch._C._autograd._profiler_enabled,
+    torch._C._is_tracing,
+)
+_native: Any = None  # the extension, where it can read this torch's tensors by itself
+
+
+def unchanged(facts: tuple) -> bool:
+    """Whether (dictionary, key, value) and (object, None, type) still hold, for all in one flat tuple.
+
+    A dictionary without the key holds ``...``.
+    """
+    return all(
+        type(facts[i]) is facts[i + 2] if facts[i + 1] is None else facts[i].get(facts[i + 1], ...) is facts[i + 2]
+        for i in range(0, len(facts), 3)
+    )
+
+
 def _load_extension() -> str | None:
     """Load the compiled kernels; returns why there are none."""
+    global _native, unchanged
     try:
-        importlib.import_module(f"{NAMESPACE}._C")
+        extension = importlib.import_module(f"{NAMESPACE}._C")
     except ImportError as error:
         return str(error)
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange is not None and extension.connect(exchange, (Tensor, torch.nn.Parameter), _WATCHERS):
+        _native = extension
+    unchanged = extension.unchanged
     if (isa := _env.isa()) is not None:
         if isa not in (here := torch.ops.lora_kernels_C.isas()):
             raise ValueError(f"LORA_KERNELS_ISA={isa}: this machine has {', '.join(here)}")
@@ -93,6 +120,8 @@ class Op:
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         #: The dispatcher's own callable, without a Python frame around it.
         self.direct = self.overload._op
+        #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
+        self.native: Callable[..., bool] | None = getattr(_native, self.name, None)
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
         Op.registry[self.name] = self

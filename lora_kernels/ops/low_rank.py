@@ -100,6 +100,8 @@ def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
     """
     if not is_compiling() and _compiled and forced_backend() is None and isinstance(first, Tensor) and first.is_cpu:
         try:
+            if op.native is not None and op.native(*args):
+                return None
             return op.direct(*args)
         except RuntimeError:
             check(*args)
