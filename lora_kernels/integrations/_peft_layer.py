@@ -26,7 +26,7 @@ from torch.nn.modules import module as _globals
 from torch.utils.hooks import RemovableHandle
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend, unchanged
+from ..ops._dispatch import extension_error, forced_backend, lines_of, unchanged
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names, scaling_tensor
@@ -116,7 +116,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     state = _look(d, wanted) if compiling else _recall(d, wanted)
     if state is None:
         return None
-    weight, bias, A, B, scales, adapters, backward_hooks, _, _ = state
+    weight, bias, A, B, scales, adapters, backward_hooks, _, _, _ = state
     if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(adapters).routing(rows, x)[1]
     grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
@@ -176,6 +176,7 @@ class State(NamedTuple):
     adapters: tuple[str, ...]
     backward_hooks: bool
     facts: tuple
+    lines: bytes
     hooks_made: int
 
 
@@ -193,7 +194,7 @@ def _recall(d: dict, wanted: tuple[str, ...]) -> State | None:
     states = d.get(STATES)
     if states is not None and states.owner is d:
         state = states.get(wanted)
-        if state is not None and state.hooks_made == RemovableHandle.next_id and unchanged(state.facts):
+        if state is not None and state.hooks_made == RemovableHandle.next_id and unchanged(state.facts, state.lines):
             return state
     else:
         states = None
@@ -262,7 +263,7 @@ def _look(d: dict, wanted: tuple[str, ...]) -> State | None:
     if not A:
         return None
     return State(
-        weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, tuple(facts), RemovableHandle.next_id
+        weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, tuple(facts), lines_of([weight,*A,*B]), RemovableHandle.next_id
     )
 
 

@@ -39,7 +39,11 @@ _WATCHERS = (
 _native: Any = None  # the extension, where it can read this torch's tensors by itself
 
 
-def unchanged(facts: tuple) -> bool:
+def lines_of(tensors: list[Tensor]) -> bytes:
+    return b""
+
+
+def unchanged(facts: tuple, lines: bytes) -> bool:
     """Whether (dictionary, key, value) and (object, None, type) still hold, for all in one flat tuple.
 
     A dictionary without the key holds ``...``.
@@ -52,7 +56,7 @@ def unchanged(facts: tuple) -> bool:
 
 def _load_extension() -> str | None:
     """Load the compiled kernels; returns why there are none."""
-    global _native, unchanged
+    global _native, lines_of, unchanged
     try:
         extension = importlib.import_module(f"{NAMESPACE}._C")
     except ImportError as error:
@@ -60,7 +64,7 @@ def _load_extension() -> str | None:
     exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if exchange is not None and extension.connect(exchange, (Tensor, torch.nn.Parameter), _WATCHERS):
         _native = extension
-    unchanged = extension.unchanged
+    unchanged, lines_of = extension.unchanged, extension.lines_of
     if (isa := _env.isa()) is not None:
         if isa not in (here := torch.ops.lora_kernels_C.isas()):
             raise ValueError(f"LORA_KERNELS_ISA={isa}: this machine has {', '.join(here)}")
