@@ -15,7 +15,8 @@ from lora_kernels.testing import low_rank_oracle, low_rank_plain, low_rank_terms
 K = N = 4096
 R, L = 16, 8
 LOOP, GATHER = "addmm loop", "gather + einsum"
-CALLS = 2000
+CALLS = 2000  # of a tiny call that are timed together
+LAYERS = 16  # of calls on one batch and other adapters, as a model's layers follow each other, that are timed together
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +84,13 @@ class Batch:
 
     def step(self, call, adapters):
         self.refill()
-        A, B = next(adapters)
-        return timed(partial(call, A, B))
+        layers = [next(adapters) for _ in range(LAYERS)]
+
+        def run():
+            for A, B in layers:
+                call(A, B)
+
+        return timed(run) / LAYERS
 
     def result(self, call, A, B):
         self.refill()
@@ -117,6 +123,7 @@ def case_of(group, batch, calls, adapters, rounds, roofs, probes):
         dtype="bfloat16",
         adapter_bytes=adapters.bytes,
         adapter_sets=len(adapters),
+        calls=LAYERS,
     )
 
 
