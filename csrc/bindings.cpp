@@ -41,12 +41,10 @@ View view_of(PyObject* object) {
     PyErr_Clear();
     throw NeedsDispatcher();
   }
-  // The negative of a complex tensor's imaginary part is a view that torch negates when it is read. Each of its
-  // strides is even.
-  bool dense = t.device.type == dlpack::kCPU;
-  bool unit = false;
-  for (int d = 0; d < t.ndim; ++d) unit |= t.shape[d] > 1 && t.strides[d] == 1;
-  if (!dense || (!unit && t.dtype.code == dlpack::kFloat)) throw NeedsDispatcher();
+  // The imaginary part of a conjugate is a view that torch negates when it is read; all its strides are even.
+  bool plain = t.dtype.code != dlpack::kFloat;
+  for (int d = 0; d < t.ndim; ++d) plain |= t.strides[d] % 2 != 0;
+  if (t.device.type != dlpack::kCPU || !plain) throw NeedsDispatcher();
   View view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
   view.sizes = t.shape;
@@ -54,6 +52,7 @@ View view_of(PyObject* object) {
   view.dims = t.ndim;
   view.type = element_type(t.dtype);
   view.on_cpu = true;
+  if (!t.data && view.numel() > 0) throw NeedsDispatcher();  // a tensor without memory, such as autograd's zeros
   return view;
 }
 
@@ -73,9 +72,7 @@ struct Sequence {
       __builtin_prefetch(item);
       objects.push_back(item);
     }
-    for (PyObject* item : objects) {
-      views.push_back(view_of(item));
-    }
+    for (PyObject* item : objects) views.push_back(view_of(item));
     for (PyObject* item : objects) Py_INCREF(item);
   }
   ~Sequence() {
@@ -191,6 +188,7 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t arguments) {
       if (reinterpret_cast<PyObject*>(Py_TYPE(object)) != expected) Py_RETURN_FALSE;
       continue;
     }
+    if (!PyDict_Check(object)) Py_RETURN_FALSE;
     PyObject* found = PyDict_GetItemWithError(object, key);
     if (!found) {
       if (PyErr_Occurred()) return nullptr;
@@ -213,7 +211,7 @@ PyMethodDef methods[] = {
 }  // namespace lora_kernels
 
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C",    nullptr, -1, lora_kernels::methods,
-                               nullptr,               nullptr, nullptr, nullptr};
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, lora_kernels::methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

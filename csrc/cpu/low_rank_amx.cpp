@@ -300,10 +300,10 @@ template <int COLS, int G>
 LK_INLINE void separate(vf (&v)[COLS * G]) {
   constexpr int N = COLS * G, WORDS = G < 2 ? 1 : G / 2;  // words of 64 bits in a unit
   auto word = [](int w, int odd) { return (2 * (w / WORDS) + odd) * WORDS + w % WORDS; };
-  const __m512i even = _mm512_set_epi64(word(7, 0), word(6, 0), word(5, 0), word(4, 0), word(3, 0), word(2, 0),
-                                        word(1, 0), word(0, 0));
-  const __m512i odd = _mm512_set_epi64(word(7, 1), word(6, 1), word(5, 1), word(4, 1), word(3, 1), word(2, 1),
-                                       word(1, 1), word(0, 1));
+  const __m512i even =
+      _mm512_set_epi64(word(7, 0), word(6, 0), word(5, 0), word(4, 0), word(3, 0), word(2, 0), word(1, 0), word(0, 0));
+  const __m512i odd =
+      _mm512_set_epi64(word(7, 1), word(6, 1), word(5, 1), word(4, 1), word(3, 1), word(2, 1), word(1, 1), word(0, 1));
 #pragma GCC unroll 4
   for (int step = 1; step < COLS; step *= 2) {
     vf t[N];
@@ -354,9 +354,9 @@ LK_INLINE void load_v(const float* p, int count, __m512i (&out)[2]) {
 
 // yᵀ += B vᵀ for at most COLS rows, 16 · G columns of y a tile.
 //
-// G > 1: the ranks of G columns fill a row of a tile, so B is read as [N / G, 32] and vᵀ stands G times on the diagonal.
-// A batch of tiles of B is copied before the first is used, and a batch of sums stored before the first is read: loads
-// that follow their stores too closely would wait for them.
+// G > 1: the ranks of G columns fill a row of a tile, so B is read as [N / G, 32] and vᵀ stands G times on the
+// diagonal. A batch of tiles of B is copied before the first is used, and a batch of sums stored before the first is
+// read: loads that follow their stores too closely would wait for them.
 template <int COLS, int G, class T>
 LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
                           int64_t end, char* scratch) {
@@ -530,7 +530,7 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
         for (int s = 0; s < steps; ++s) {
           int columns = n1 - n < BLOCK ? int(n1 - n - odd + 1) / 2 : 16;
           interleave_tile<PARTS>((const T*)B.data + (n + odd) * B.stride + s * DEPTH, 2 * B.stride, columns,
-                                        B.rank - s * DEPTH, bt + ((n - n0) / 16 + odd) * block + s * PARTS * TILE);
+                                 B.rank - s * DEPTH, bt + ((n - n0) / 16 + odd) * block + s * PARTS * TILE);
         }
     for (int i = 0; i < m; i += BLOCK) {
       int count = m - i < BLOCK ? m - i : BLOCK;
@@ -598,10 +598,10 @@ void expand_passes(const Rows& y, int m, const float* v, int64_t v_stride, const
           expand_few<2, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
           break;
         case 4:
-          expand_few<COLS < 4 ? COLS : 4, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
+          expand_few < COLS<4 ? COLS : 4, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
           break;
         case 8:
-          expand_few<COLS < 8 ? COLS : 8, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
+          expand_few < COLS<8 ? COLS : 8, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
           break;
         default:
           expand_few<COLS, G, T>(rows, count, part, v_stride, B, n, stop, scratch);
@@ -637,7 +637,7 @@ void expand(const Rows& y, int m, const float* v, int64_t v_stride, const Factor
     expand_vectors(y, m, v, v_stride, B, begin, end, scratch);
   else
     (B.dtype == DType::bf16 ? expand_tiles<bf16> : expand_tiles<float>)(y, m, v, v_stride, B, begin, end,
-                                                                       (char*)scratch);
+                                                                        (char*)scratch);
 }
 
 }  // namespace

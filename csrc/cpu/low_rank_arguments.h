@@ -145,8 +145,8 @@ struct Factors {
     STD_TORCH_CHECK(ranks->type == ScalarType::Int && ranks->on_cpu, "ranks");
     Compact t(*ranks);
     bool per_slice = t.dims == 2;
-    STD_TORCH_CHECK(
-        per_slice ? t.sizes[0] == slices && t.sizes[1] == adapters : t.dims == 1 && t.sizes[0] == adapters, "ranks");
+    STD_TORCH_CHECK(per_slice ? t.sizes[0] == slices && t.sizes[1] == adapters : t.dims == 1 && t.sizes[0] == adapters,
+                    "ranks");
     const int32_t* live = static_cast<const int32_t*>(t.data);
     for (int64_t i = 0; i < slices * adapters; ++i) {
       int32_t rank = live[per_slice ? i : i % adapters];
@@ -171,8 +171,8 @@ struct Scales {
     scaling.emplace(*given);
     per_slice = scaling->dims == 2;
     const int64_t* sizes = scaling->sizes;
-    STD_TORCH_CHECK(
-        per_slice ? sizes[0] == slices && sizes[1] == adapters : scaling->dims == 1 && sizes[0] == adapters, "scaling");
+    STD_TORCH_CHECK(per_slice ? sizes[0] == slices && sizes[1] == adapters : scaling->dims == 1 && sizes[0] == adapters,
+                    "scaling");
     values = static_cast<const float*>(scaling->data);
   }
   float at(int64_t slice, int64_t adapter) const {

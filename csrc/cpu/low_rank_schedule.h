@@ -33,12 +33,16 @@ struct Buffer {
 inline thread_local Buffer kernel_scratch, local_rows, column_block;
 
 inline void* scratch() { return kernel_scratch.get(kScratch); }
-inline float* floats(Buffer& buffer, int64_t count) { return reinterpret_cast<float*>(buffer.get(count * sizeof(float))); }
+inline float* floats(Buffer& buffer, int64_t count) {
+  return reinterpret_cast<float*>(buffer.get(count * sizeof(float)));
+}
 
 // Row indices of a run within a group, for Rows.
 inline const int32_t* index_of(const Group& group) { return group.pairs ? group.pairs + group.first : nullptr; }
 inline int64_t offset_of(const Group& group) { return group.pairs ? 0 : group.first; }
-inline int64_t pair_of(const Group& group, int64_t i) { return group.pairs ? group.pairs[group.first + i] : group.first + i; }
+inline int64_t pair_of(const Group& group, int64_t i) {
+  return group.pairs ? group.pairs[group.first + i] : group.first + i;
+}
 
 inline Rows rows_of(const Matrix& matrix, const Group& group, int64_t column, int divisor) {
   Rows rows = matrix.view(column, index_of(group), divisor);

@@ -3,17 +3,14 @@
 Whatever could change the result in silence (hooks, dropout, a variant, autocast, another class of module or parameter)
 is looked at; what the kernels refuse before they write anything (shapes, dtypes, devices) is left to them, and the call
 then goes to PEFT. :func:`slow_reason` says the same in words.
-
-The whole of it must cost a few microseconds, with the layer's objects in no cache. So what is found is kept in the layer
-together with every dictionary entry and type that it was read from, and the next call holds these against the layer as
-it is then, in one compiled loop. Hooks have many places: that none was made since is seen by the number of the last.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -23,13 +20,13 @@ from torch.compiler import is_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 from torch.nn.modules import module as _globals
-from torch.utils.hooks import RemovableHandle
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend, lines_of, unchanged
+from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names, scaling_tensor
+from ._peft_state import STATES, altered, look, recall
 
 logger = logging.getLogger("lora_kernels")
 
@@ -44,13 +41,9 @@ _backward_pre_hooks, _backward_hooks = _globals._global_backward_pre_hooks, _glo
 _compiled = extension_error is None
 _add, _native = lora_add_.overload, lora_add_.native
 
-STATES = "_lora_kernels_states"  # where a layer keeps its states
-MOST_STATES = 4
-ABSENT = ...  # what a dictionary without the key has, in C++ too
-
 
 class FusedMixin:
-    """PEFT's LoRA ``Linear`` with a fast forward. Only a class: no state of its own, nothing in the state dict."""
+    """PEFT's LoRA ``Linear`` with a fast forward: no parameter or buffer of its own, nothing in the state dict."""
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Tensor:
         """PEFT's ``forward``: the same results, errors and dtype."""
@@ -72,6 +65,11 @@ class FusedMixin:
         return y
 
     forward.takes_names = True  # type: ignore[attr-defined]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; the states let go of the adapter's weights."""
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self.__dict__.pop(STATES, None)
 
 
 class FusedLinear(FusedMixin, PeftLinear):
@@ -113,10 +111,10 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
             names = Names(names)
         rows = x.numel() // shape[-1]
         wanted, table = names.routing(rows, x)
-    state = _look(d, wanted) if compiling else _recall(d, wanted)
+    state = look(d, wanted, []) if compiling else recall(d, wanted)
     if state is None:
         return None
-    weight, bias, A, B, scales, adapters, backward_hooks, _, _, _ = state
+    weight, bias, A, B, scales, adapters, backward_hooks = state
     if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(adapters).routing(rows, x)[1]
     grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
@@ -154,124 +152,13 @@ def _unusual() -> Any:
     )
 
 
-def _altered(d: dict) -> Any:
-    """Whether calling the module whose ``__dict__`` this is does more than its class's forward."""
-    return (
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-    )
-
-
-class State(NamedTuple):
-    """What a layer was found to be: its factors in the order of ``adapters``, those of the wanted ones that it has."""
-
-    weight: Parameter
-    bias: Tensor | None
-    A: list[Tensor]
-    B: list[Tensor]
-    scales: tuple[float, ...]
-    adapters: tuple[str, ...]
-    backward_hooks: bool
-    facts: tuple
-    lines: bytes
-    hooks_made: int
-
-
-class _States(dict):
-    """The states of one layer by wanted adapters; they stay behind when the layer is copied or pickled."""
-
-    owner: dict
-
-    def __reduce__(self) -> Any:
-        return _States, ()
-
-
-def _recall(d: dict, wanted: tuple[str, ...]) -> State | None:
-    """The state of the layer whose ``__dict__`` this is: the one it was last seen in, if all that was read still holds."""
-    states = d.get(STATES)
-    if states is not None and states.owner is d:
-        state = states.get(wanted)
-        if state is not None and state.hooks_made == RemovableHandle.next_id and unchanged(state.facts, state.lines):
-            return state
-    else:
-        states = None
-    state = _look(d, wanted)
-    if state is not None:
-        if states is None:
-            states = d[STATES] = _States()
-            states.owner = d
-        elif len(states) >= MOST_STATES and wanted not in states:
-            del states[next(iter(states))]
-        states[wanted] = state
-    return state
-
-
-def _look(d: dict, wanted: tuple[str, ...]) -> State | None:
-    """The state of the layer whose ``__dict__`` this is; None where PEFT's forward must run."""
-    facts: list[Any] = []
-
-    def read(holder: dict, key: str) -> Any:
-        value = holder.get(key, ABSENT)
-        facts.extend((holder, key, value))
-        return value
-
-    def is_a(module: Module, *kinds: type) -> bool:
-        kind = type(module)
-        facts.extend((module, None, kind))
-        return kind in kinds and read(module.__dict__, "forward") is ABSENT
-
-    if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
-        return None
-    modules = read(d, "_modules")
-    base = read(modules, "base_layer")
-    if not is_a(base, Linear) or _altered(base.__dict__):
-        return None
-    weight, bias = read(base._parameters, "weight"), read(base._parameters, "bias")
-    if type(weight) is not Parameter:
-        return None
-    lora_A, lora_B, dropouts = (read(modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
-    variants, scaling = read(d, "lora_variant"), read(d, "scaling")
-    A, B, scales, adapters, backward_hooks = [], [], [], [], False
-    for name in wanted:
-        a = read(lora_A, name)
-        if a is ABSENT:
-            continue
-        b, dropout, scale = read(lora_B, name), read(dropouts, name), read(scaling, name)
-        if (
-            not is_a(a, Linear)
-            or not is_a(b, Linear)
-            or not is_a(dropout, Identity, Dropout)
-            or (type(dropout) is Dropout and read(dropout.__dict__, "training") and read(dropout.__dict__, "p"))
-            or type(scale) not in (float, int)
-            or read(variants, name) is not ABSENT
-            or any(m._forward_hooks or m._forward_pre_hooks for m in (a, b, dropout))
-        ):
-            return None
-        weights = [read(m._parameters, "weight") for m in (a, b)]
-        if any(type(w) is not Parameter for w in weights) or any(
-            read(m._parameters, "bias") is not None for m in (a, b)
-        ):
-            return None
-        A.append(weights[0])
-        B.append(weights[1])
-        scales.append(scale)
-        adapters.append(name)
-        backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in (a, b, dropout))
-    if not A:
-        return None
-    return State(
-        weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, tuple(facts), lines_of([weight,*A,*B]), RemovableHandle.next_id
-    )
-
-
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def _concatenated(A: list[Tensor], B: list[Tensor], scales: list[float]) -> tuple[list[Tensor], list[Tensor], float]:
+def _concatenated(
+    A: list[Tensor], B: list[Tensor], scales: Sequence[float]
+) -> tuple[list[Tensor], list[Tensor], float]:
     """Several adapters of the same rows as one: Σᵢ sᵢ Bᵢ Aᵢ = s [B₁ … Bₙ] [A₁; …; Aₙ], s inside B where they differ."""
     scale = scales[0]
     if scales.count(scale) != len(scales):
@@ -330,7 +217,7 @@ def _module_reason(what: str, module: Module) -> str | None:
     d, weight = module.__dict__, module._parameters.get("weight")
     if "forward" in d:
         return f"{what}: its forward was replaced on the instance"
-    if _altered(d):
+    if altered(d):
         return f"{what} has hooks"
     if type(weight) is not Parameter:
         return f"{what}: its weight is {'not a parameter' if weight is None else _name(type(weight))}"
@@ -348,7 +235,7 @@ def _adapter_reason(layer: Any, name: str, dtype: torch.dtype) -> str | None:
         return f"dropout is {_name(type(dropout))}"
     if type(dropout) is Dropout and dropout.training and dropout.p:
         return "dropout in training"
-    if _altered(dropout.__dict__):
+    if altered(dropout.__dict__):
         return "dropout has hooks"
     for what, module in (("lora_A", a), ("lora_B", b)):
         if type(module) is not Linear:

@@ -24,7 +24,8 @@ except ImportError as error:
     raise ImportError("lora_kernels.patch needs PEFT: pip install 'lora_kernels[peft]'") from error
 
 from ._peft_batch import FusedLoraModel, FusedModelMixin
-from ._peft_layer import BASE_ONLY, STATES, FusedLinear, FusedMixin, class_reason, slow_reason
+from ._peft_layer import BASE_ONLY, FusedLinear, FusedMixin, class_reason, slow_reason
+from ._peft_state import STATES
 
 logger = logging.getLogger("lora_kernels")
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.library import Library, infer_schema, register_fake
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _env
@@ -36,44 +37,47 @@ _WATCHERS = (
     torch._C._autograd._profiler_enabled,
     torch._C._is_tracing,
 )
-_native: Any = None  # the extension, where it can read this torch's tensors by itself
+ABSENT = ...  # what a dictionary without the key holds for :func:`unchanged`
 
 
-def lines_of(tensors: list[Tensor]) -> bytes:
-    return b""
-
-
-def unchanged(facts: tuple, lines: bytes) -> bool:
-    """Whether (dictionary, key, value) and (object, None, type) still hold, for all in one flat tuple.
-
-    A dictionary without the key holds ``...``.
-    """
-    return all(
-        type(facts[i]) is facts[i + 2] if facts[i + 1] is None else facts[i].get(facts[i + 1], ...) is facts[i + 2]
-        for i in range(0, len(facts), 3)
-    )
-
-
-def _load_extension() -> str | None:
-    """Load the compiled kernels; returns why there are none."""
-    global _native, lines_of, unchanged
+def _load_extension() -> tuple[Any, str | None]:
+    """(the compiled kernels, None), or (None, why there are none)."""
     try:
         extension = importlib.import_module(f"{NAMESPACE}._C")
     except ImportError as error:
-        return str(error)
-    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange is not None and extension.connect(exchange, (Tensor, torch.nn.Parameter), _WATCHERS):
-        _native = extension
-    unchanged, lines_of = extension.unchanged, extension.lines_of
+        return None, str(error)
     if (isa := _env.isa()) is not None:
         if isa not in (here := torch.ops.lora_kernels_C.isas()):
             raise ValueError(f"LORA_KERNELS_ISA={isa}: this machine has {', '.join(here)}")
         torch.ops.lora_kernels_C.set_isa(isa)
-    return None
+    if (exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None)) is not None:
+        extension.connect(exchange, (Tensor, Parameter), _WATCHERS)
+    return extension, None
 
 
-#: Why the compiled CPU kernels are missing, or None where they are loaded.
-extension_error: str | None = _load_extension()
+_extension, extension_error = _load_extension()
+
+
+def _unchanged(facts: tuple, lines: bytes) -> bool:
+    """Whether all facts still hold.
+
+    Args:
+        facts: flat: ``dictionary, key, value`` for an entry, by identity; ``object, None, type`` for a type.
+        lines: what :func:`lines_of` said of tensors that are needed next.
+    """
+    return all(
+        type(facts[i]) is facts[i + 2] if facts[i + 1] is None else facts[i].get(facts[i + 1], ABSENT) is facts[i + 2]
+        for i in range(0, len(facts), 3)
+    )
+
+
+def _lines_of(tensors: list[Tensor]) -> bytes:
+    """Where in memory lies what a call reads of tensors besides their elements."""
+    return b""
+
+
+unchanged: Callable[[tuple, bytes], bool] = _extension.unchanged if _extension else _unchanged
+lines_of: Callable[[list[Tensor]], bytes] = _extension.lines_of if _extension else _lines_of
 _from_environment = _env.backend()
 _forced: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=_from_environment)
 
@@ -125,7 +129,7 @@ class Op:
         #: The dispatcher's own callable, without a Python frame around it.
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
-        self.native: Callable[..., bool] | None = getattr(_native, self.name, None)
+        self.native: Callable[..., bool] | None = getattr(_extension, self.name, None)
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
         Op.registry[self.name] = self
