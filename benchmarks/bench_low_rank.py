@@ -16,7 +16,7 @@ K = N = 4096
 R, L = 16, 8
 LOOP, GATHER = "addmm loop", "gather + einsum"
 CALLS = 2000  # of a tiny call that are timed together
-LAYERS = 16  # calls of bgmv with other adapters each, as a step of decoding makes them, that are timed together
+LAYERS = 64  # calls of bgmv with other adapters each, as a step of decoding makes them, that are timed together
 
 
 @pytest.fixture(scope="module")

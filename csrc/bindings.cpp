@@ -110,12 +110,21 @@ bool watched() {
   return false;
 }
 
+// Fetch all at once, not one by one, what has left the caches since a model's last step.
+void fetch(PyObject* lines) {
+  char* const* line = reinterpret_cast<char* const*>(PyBytes_AsString(lines));
+  for (Py_ssize_t i = 0, n = PyBytes_Size(lines) / sizeof(char*); i < n; ++i) __builtin_prefetch(line[i]);
+}
+
+// lora_add_(its arguments[, lines]) -> bool: whether it was done here; nothing is written otherwise.
 PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) {
-    PyErr_SetString(PyExc_TypeError, "lora_add_ takes 11 arguments");
+  if (count < 11 || count > 12 || (count == 12 && !PyBytes_Check(args[11]))) {
+    PyErr_SetString(PyExc_TypeError, "lora_add_ takes 11 arguments, and bytes");
     return nullptr;
   }
-  if (!exchange || watched()) Py_RETURN_FALSE;
+  if (!exchange) Py_RETURN_FALSE;
+  if (count == 12) fetch(args[11]);
+  if (watched()) Py_RETURN_FALSE;
   double scale = PyFloat_AsDouble(args[10]);
   if (scale == -1.0 && PyErr_Occurred()) return nullptr;
   try {
@@ -151,6 +160,17 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
+// The address of what torch keeps of a tensor's memory, or nullptr.
+const char* storage_of(PyObject* tensor) {
+  PyObject* storage = PyObject_CallMethod(tensor, "untyped_storage", nullptr);
+  PyObject* address = storage ? PyObject_GetAttrString(storage, "_cdata") : nullptr;
+  void* found = address ? PyLong_AsVoidPtr(address) : nullptr;
+  Py_XDECREF(address);
+  Py_XDECREF(storage);
+  PyErr_Clear();
+  return static_cast<const char*>(found);
+}
+
 // lines_of(tensors) -> bytes: addresses of what a call will read of the tensors besides their elements.
 PyObject* lines_of(PyObject*, PyObject* tensors) {
   if (!exchange) return PyBytes_FromStringAndSize(nullptr, 0);
@@ -160,7 +180,9 @@ PyObject* lines_of(PyObject*, PyObject* tensors) {
     for (size_t i = 0; i < sequence.views.size(); ++i) {
       // A tensor's sizes lie amid the rest that torch keeps of it.
       const char* sizes = reinterpret_cast<const char*>(sequence.views[i].sizes);
-      for (const char* line : {reinterpret_cast<const char*>(sequence.objects[i]), sizes - 64, sizes, sizes + 64})
+      const char* storage = storage_of(sequence.objects[i]);
+      for (const char* line :
+           {reinterpret_cast<const char*>(sequence.objects[i]), sizes - 64, sizes, sizes + 64, storage, storage + 64})
         lines.push_back(line);
     }
   } catch (const NeedsDispatcher&) {
@@ -176,11 +198,9 @@ PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t arguments) {
     return nullptr;
   }
   PyObject* facts = args[0];
-  Py_ssize_t count = PyTuple_Size(facts), lines = PyBytes_Size(args[1]) / sizeof(char*);
-  // In a model all of this has left the caches since the last step: fetch it at once, not one by one.
+  Py_ssize_t count = PyTuple_Size(facts);
   for (Py_ssize_t i = 0; i + 2 < count; i += 3) __builtin_prefetch(PyTuple_GetItem(facts, i));
-  char* const* line = reinterpret_cast<char* const*>(PyBytes_AsString(args[1]));
-  for (Py_ssize_t i = 0; i < lines; ++i) __builtin_prefetch(line[i]);
+  fetch(args[1]);
   for (Py_ssize_t i = 0; i + 2 < count; i += 3) {
     PyObject *object = PyTuple_GetItem(facts, i), *key = PyTuple_GetItem(facts, i + 1);
     PyObject* expected = PyTuple_GetItem(facts, i + 2);

@@ -114,7 +114,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     state = look(d, wanted, []) if compiling else recall(d, wanted)
     if state is None:
         return None
-    weight, bias, A, B, scales, adapters, backward_hooks = state
+    weight, bias, A, B, scales, adapters, backward_hooks, lines = state
     if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(adapters).routing(rows, x)[1]
     grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
@@ -135,7 +135,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     args = (y, x, A, B, None, None, table, scaling, None, None, scale)
     if forced is not None:
         _call(lora_add_, _check.add, y, args)
-    elif compiling or _native is None or not _native(*args):
+    elif compiling or _native is None or not _native(*args, lines):
         _add(*args)
     return y
 

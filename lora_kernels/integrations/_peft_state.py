@@ -30,12 +30,12 @@ class State(NamedTuple):
     scales: tuple[float, ...]
     adapters: tuple[str, ...]
     backward_hooks: bool
+    lines: bytes
 
 
 class _Known(NamedTuple):
     state: State
     facts: tuple
-    lines: bytes
     hooks_made: int
 
 
@@ -53,8 +53,12 @@ def recall(d: dict, wanted: tuple[str, ...]) -> State | None:
     states = d.get(STATES)
     if states is not None and states.owner is d:
         known = states.get(wanted)
-        if known is not None and known[3] == RemovableHandle.next_id and unchanged(known[1], known[2]):
-            return known[0]
+        if (
+            known is not None
+            and known.hooks_made == RemovableHandle.next_id
+            and unchanged(known.facts, known.state.lines)
+        ):
+            return known.state
     facts: list[Any] = []
     state = look(d, wanted, facts)
     if state is not None:
@@ -63,8 +67,8 @@ def recall(d: dict, wanted: tuple[str, ...]) -> State | None:
             states.owner = d
         elif len(states) >= MOST and wanted not in states:
             del states[next(iter(states))]
-        lines = lines_of([state.weight, *state.A, *state.B])
-        states[wanted] = _Known(state, tuple(facts), lines, RemovableHandle.next_id)
+        state = state._replace(lines=lines_of([state.weight, *state.A, *state.B]))
+        states[wanted] = _Known(state, tuple(facts), RemovableHandle.next_id)
     return state
 
 
@@ -120,7 +124,7 @@ def look(d: dict, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
         backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in trio)
     if not A:
         return None
-    return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks)
+    return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, b"")
 
 
 def altered(d: dict) -> Any:

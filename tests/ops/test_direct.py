@@ -106,8 +106,9 @@ def test_bad_arguments():
         lora_add_.native(y, *list({**args, "x": args["x"][:, 1:]}.values())[1:])
     with pytest.raises(TypeError, match="must be real number"):
         lora_add_.native(y, *list({**args, "scale": "1"}.values())[1:])
-    with pytest.raises(TypeError, match="11 arguments"):
-        lora_add_.native(y)
+    for wrong in ((y,), (*args.values(), "lines"), (*args.values(), b"", 1)):
+        with pytest.raises(TypeError, match="11 arguments"):
+            lora_add_.native(*wrong)
     for bad in ({"x": None}, {"A": args["A"][0]}, {"A": (None,)}, {"ids": [0] * M}, {"x": args["x"].to_sparse()},
                 {"x": args["x"].to("meta")}, {"x": args["x"].double()}):  # fmt: skip
         assert lora_add_.native(y, *list({**args, **bad}.values())[1:]) is False
@@ -236,7 +237,7 @@ class TestUnchanged:
     def test_lines_are_only_hints(self):
         assert _dispatch.unchanged((), (1 << 40).to_bytes(8, "little") * 3) is True
         tensors = [torch.randn(3, 4), torch.nn.Parameter(torch.randn(5))]
-        assert len(_dispatch.lines_of(tensors)) == 8 * 4 * len(tensors)
+        assert len(_dispatch.lines_of(tensors)) == 8 * 6 * len(tensors)
         assert _dispatch.lines_of([torch.randn(2).to("meta")]) == b""
         assert _dispatch._lines_of(tensors) == b""
 
