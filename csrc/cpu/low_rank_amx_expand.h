@@ -134,8 +134,9 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
         const bf16* copy = bt + t * block + s * PARTS * TILE;
         if (t < copied_from) {
           const bf16* lies = (const bf16*)(const void*)b + t * 16 * b_stride + s * DEPTH;
+          if (n + (t + BATCH) * COLUMNS < end)
 #pragma GCC unroll 16
-          for (int r = 0; r < 16; ++r) __builtin_prefetch(lies + (BATCH * 16 + r) * b_stride);
+            for (int r = 0; r < 16; ++r) __builtin_prefetch(lies + (BATCH * 16 + r) * b_stride);
           tiles::load<4>(lies, b_stride * 2);
         } else {
           tiles::load<4>(copy, 64);
