@@ -512,20 +512,47 @@ def lora_linear(
         NotImplementedError: one of the arguments not supported yet was given.
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    later = dict(
-        core=core, in_scale=in_scale, delta_in_scale=delta_in_scale, delta_scale=delta_scale, out_scale=out_scale,
-        magnitude=magnitude, weight_norm_sq=weight_norm_sq, dropout=(dropout if dropout and training else None),
-    )  # fmt: skip
-    for name, value in later.items():
-        if value is not None:
-            raise NotImplementedError(f"lora_linear does not support {name} yet")
-    _check_linear(x, weight, A, B, bias)
+    if (
+        core is not None
+        or in_scale is not None
+        or delta_in_scale is not None
+        or delta_scale is not None
+        or out_scale is not None
+        or magnitude is not None
+        or weight_norm_sq is not None
+        or (dropout and training)
+    ):
+        given = dict(
+            core=core, in_scale=in_scale, delta_in_scale=delta_in_scale, delta_scale=delta_scale, out_scale=out_scale,
+            magnitude=magnitude, weight_norm_sq=weight_norm_sq,
+        )  # fmt: skip
+        name = next((name for name, value in given.items() if value is not None), "dropout")
+        raise NotImplementedError(f"lora_linear does not support {name} yet")
     scale, per_adapter = _scaling(scaling)
     if per_adapter is not None:
         raise TypeError("lora_linear takes one adapter: scaling must be a float")
+    if (
+        bias is None
+        and not is_compiling()
+        and not torch.is_grad_enabled()
+        and isinstance(A, Tensor)
+        and isinstance(B, Tensor)
+        and A.dim() == 2 == B.dim()
+    ):
+        # What is left to refuse, torch and the kernels refuse by themselves; the check then words it.
+        try:
+            y = torch.nn.functional.linear(x, weight)
+            return _add_one(y, x, A, B, scale)
+        except (RuntimeError, TypeError, ValueError):
+            _check_linear(x, weight, A, B, bias)
+            raise
+    _check_linear(x, weight, A, B, bias)
     if _needs_grad(x, A, B, bias):
         return _LoRALinear.apply(x, weight, bias, scale, A, B)
-    y = torch.nn.functional.linear(x, weight, bias)
+    return _add_one(torch.nn.functional.linear(x, weight, bias), x, A, B, scale)
+
+
+def _add_one(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     _call(lora_add_, _check.add, y, (y, x, (A,), (B,), None, None, None, None, None, None, scale))
     return y
 
