@@ -41,9 +41,10 @@ View view_of(PyObject* object) {
     PyErr_Clear();
     throw NeedsDispatcher();
   }
-  // The imaginary part of a conjugate is a view that torch negates when it is read; all its strides are even.
+  // The imaginary part of a conjugate is a view that torch negates when it is read; where it has more than one element
+  // along a dimension, the stride is even.
   bool plain = t.dtype.code != dlpack::kFloat;
-  for (int d = 0; d < t.ndim; ++d) plain |= t.strides[d] % 2 != 0;
+  for (int d = 0; d < t.ndim; ++d) plain |= t.shape[d] > 1 && t.strides[d] % 2 != 0;
   if (t.device.type != dlpack::kCPU || !plain) throw NeedsDispatcher();
   View view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;
@@ -142,14 +143,14 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-// connect(capsule, types, watchers)
+// connect(capsule, types, watchers) -> bool: read tensors of these exact types as the capsule offers, if it does.
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
     PyErr_SetString(PyExc_TypeError, "connect takes a capsule and two tuples");
     return nullptr;
   }
   auto* offered = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
-  if (!offered) return nullptr;
+  if (!offered) PyErr_Clear();
   while (offered && offered->major != 1) offered = offered->older;
   if (!offered || !offered->view_of_object) Py_RETURN_FALSE;
   exchange = offered;

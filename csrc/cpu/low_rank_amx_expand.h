@@ -54,6 +54,15 @@ LK_INLINE void add_columns(const float* c, bf16* const* y, int m, int64_t n, int
   }
 }
 
+template <int VECTORS>
+LK_INLINE bool any_nan(const float* c) {
+  vf sum[4] = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < VECTORS; ++i) sum[i % 4] += load(c + i * 16);
+  vf all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  return _mm512_cmp_ps_mask((__m512)all, (__m512)all, _CMP_UNORD_Q) != 0;
+}
+
 LK_INLINE int steps_of(int rank) { return (rank + DEPTH - 1) / DEPTH; }
 
 // What cutting x to bf16 leaves; nothing of an infinity.
@@ -165,9 +174,19 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
       fill(t, number<0>{});
       drain(t, number<0>{});
     }
+    bool spoilt = false;
     for (t = 0; t < count; ++t) {
-      int64_t rest = left - t * COLUMNS;
-      add_columns<COLS, G>(c + t * 16 * WIDTH, rows, m, n + t * COLUMNS, int(rest < COLUMNS ? rest : COLUMNS));
+      int64_t first = n + t * COLUMNS, live = left - t * COLUMNS < COLUMNS ? left - t * COLUMNS : COLUMNS;
+      if (G > 1 && any_nan<WIDTH>(c + t * 16 * WIDTH)) {
+        expand_few<COLS, 1, T>(y, m, v, v_stride, B, first, first + live, scratch + kScratch / 2);
+        spoilt = true;
+      } else {
+        add_columns<COLS, G>(c + t * 16 * WIDTH, rows, m, first, int(live));
+      }
+    }
+    if (spoilt) {
+      config.load();
+      load_v_tiles(0);
     }
   }
 }

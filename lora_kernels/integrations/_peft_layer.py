@@ -26,7 +26,7 @@ from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names, scaling_tensor
-from ._peft_state import STATES, altered, look, recall
+from ._peft_state import altered, forget, look, recall
 
 logger = logging.getLogger("lora_kernels")
 
@@ -69,7 +69,7 @@ class FusedMixin:
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; the states let go of the adapter's weights."""
         super().delete_adapter(adapter_name)  # type: ignore[misc]
-        self.__dict__.pop(STATES, None)
+        forget(self)  # type: ignore[arg-type]
 
 
 class FusedLinear(FusedMixin, PeftLinear):
@@ -111,15 +111,19 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
             names = Names(names)
         rows = x.numel() // shape[-1]
         wanted, table = names.routing(rows, x)
-    state = look(d, wanted, []) if compiling else recall(d, wanted)
+    state = look(layer, wanted, []) if compiling else recall(layer, wanted)
     if state is None:
         return None
     weight, bias, A, B, scales, adapters, backward_hooks, lines = state
     if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(adapters).routing(rows, x)[1]
     grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
-    if grad and (weight.requires_grad or backward_hooks):
+    if grad and weight.requires_grad:
         return None
+    if grad and backward_hooks:
+        now = look(layer, wanted, [])  # they may be gone
+        if now is None or now.backward_hooks:
+            return None
 
     scale, scaling = scales[0], None
     if table is None:

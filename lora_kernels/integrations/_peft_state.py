@@ -2,12 +2,12 @@
 
 Finding it out takes some hundred reads, and it must cost a few microseconds with the layer's objects in no cache. So
 each dictionary entry and type that was read is noted beside the result, and the next call holds these facts against the
-layer as it is then, in one compiled loop. Hooks have many places: that none was made since is seen by the number of the
-last one.
+layer as it is then, in one compiled loop. A hook that is registered moves a counter, which is held against what it was.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops._dispatch import ABSENT, lines_of, unchanged
 
-STATES = "_lora_kernels_states"  # where a layer keeps its states
-MOST = 4  # states a layer keeps; each is some kilobytes
+MOST = 4  # states kept of a layer; each takes some kilobytes
 
 
 class State(NamedTuple):
@@ -39,41 +38,42 @@ class _Known(NamedTuple):
     hooks_made: int
 
 
-class _States(dict):
-    """The states of one layer by wanted adapters; a copy or a pickle of the layer starts without."""
-
-    owner: dict | None = None
-
-    def __reduce__(self) -> Any:
-        return _States, ()
+#: id of a layer -> (the layer, its states by wanted adapters). Not in the layer: it would refer to itself, and copies
+#: of it would refer to it.
+_layers: dict[int, tuple[weakref.ref, dict[tuple[str, ...], _Known]]] = {}
 
 
-def recall(d: dict, wanted: tuple[str, ...]) -> State | None:
-    """The state of the layer whose ``__dict__`` this is, looked up anew if anything read of it has changed."""
-    states = d.get(STATES)
-    if states is not None and states.owner is d:
-        known = states.get(wanted)
-        if (
-            known is not None
-            and known.hooks_made == RemovableHandle.next_id
-            and unchanged(known.facts, known.state.lines)
-        ):
+def recall(layer: Module, wanted: tuple[str, ...]) -> State | None:
+    """The state of the layer, looked up anew if anything read of it has changed; None where PEFT's forward must run."""
+    entry = _layers.get(id(layer))
+    known = None if entry is None else entry[1].get(wanted)
+    if known is not None and known.hooks_made == RemovableHandle.next_id:
+        if unchanged(known.facts, known.state.lines):
             return known.state
+        forget(layer)  # what the other states hold may be out of use as well
     facts: list[Any] = []
-    state = look(d, wanted, facts)
-    if state is not None:
-        if states is None or states.owner is not d:
-            states = d[STATES] = _States()
-            states.owner = d
-        elif len(states) >= MOST and wanted not in states:
-            del states[next(iter(states))]
-        state = state._replace(lines=lines_of([state.weight, *state.A, *state.B]))
-        states[wanted] = _Known(state, tuple(facts), RemovableHandle.next_id)
+    hooks_made = RemovableHandle.next_id
+    state = look(layer, wanted, facts)
+    if state is None:
+        if known is not None:
+            forget(layer)
+        return None
+    state = state._replace(lines=lines_of([state.weight, *state.A, *state.B]))
+    key = id(layer)
+    states = _layers.setdefault(key, (weakref.ref(layer, lambda _: _layers.pop(key, None)), {}))[1]
+    if len(states) >= MOST:
+        states.pop(next(iter(states)), None)
+    states[wanted] = _Known(state, tuple(facts), hooks_made)
     return state
 
 
-def look(d: dict, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
-    """The state of the layer whose ``__dict__`` this is, None where PEFT's forward must run; fills in its facts."""
+def forget(layer: Module) -> None:
+    """Let go of all states of the layer."""
+    _layers.pop(id(layer), None)
+
+
+def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
+    """The state of the layer, None where PEFT's forward must run; fills in the facts it rests on."""
 
     def read(holder: dict, key: str) -> Any:
         value = holder.get(key, ABSENT)
@@ -81,20 +81,28 @@ def look(d: dict, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
         return value
 
     def is_plain(module: Module, *kinds: type) -> bool:
-        kind = type(module)
+        kind, d = type(module), module.__dict__
         facts.extend((module, None, kind))
-        return kind in kinds and read(module.__dict__, "forward") is ABSENT
+        hooks = [read(d, key) for key in ("_forward_hooks", "_forward_pre_hooks")]
+        return kind in kinds and read(d, "forward") is ABSENT and not any(hooks)
 
+    def parameter(module: Module, name: str) -> Any:
+        return read(read(module.__dict__, "_parameters"), name)
+
+    d = layer.__dict__
     if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
         return None
     modules = read(d, "_modules")
     base = read(modules, "base_layer")
     if not is_plain(base, Linear) or altered(base.__dict__):
         return None
-    weight, bias = read(base._parameters, "weight"), read(base._parameters, "bias")
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
     if type(weight) is not Parameter:
         return None
-    lora_A, lora_B, dropouts = (read(modules, key)._modules for key in ("lora_A", "lora_B", "lora_dropout"))
+    members = [read(modules, key) for key in ("lora_A", "lora_B", "lora_dropout")]
+    if ABSENT in members:
+        return None
+    lora_A, lora_B, dropouts = (read(module.__dict__, "_modules") for module in members)
     variants, scaling = read(d, "lora_variant"), read(d, "scaling")
     A, B, scales, adapters, backward_hooks = [], [], [], [], False
     for name in wanted:
@@ -102,7 +110,6 @@ def look(d: dict, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
         if a is ABSENT:
             continue
         b, dropout, scale = read(lora_B, name), read(dropouts, name), read(scaling, name)
-        trio = (a, b, dropout)
         if (
             read(variants, name) is not ABSENT
             or not is_plain(a, Linear)
@@ -110,18 +117,17 @@ def look(d: dict, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
             or not is_plain(dropout, Identity, Dropout)
             or (type(dropout) is Dropout and read(dropout.__dict__, "training") and read(dropout.__dict__, "p"))
             or type(scale) not in (float, int)
-            or any(m._forward_hooks or m._forward_pre_hooks for m in trio)
         ):
             return None
-        weights = [read(m._parameters, "weight") for m in (a, b)]
-        biases = [read(m._parameters, "bias") for m in (a, b)]
+        weights = [parameter(m, "weight") for m in (a, b)]
+        biases = [parameter(m, "bias") for m in (a, b)]
         if any(type(w) is not Parameter for w in weights) or any(v is not None for v in biases):
             return None
         A.append(weights[0])
         B.append(weights[1])
         scales.append(scale)
         adapters.append(name)
-        backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in trio)
+        backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in (a, b, dropout))
     if not A:
         return None
     return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, b"")

@@ -25,7 +25,7 @@ except ImportError as error:
 
 from ._peft_batch import FusedLoraModel, FusedModelMixin
 from ._peft_layer import BASE_ONLY, FusedLinear, FusedMixin, class_reason, slow_reason
-from ._peft_state import STATES
+from ._peft_state import forget
 
 logger = logging.getLogger("lora_kernels")
 
@@ -121,7 +121,7 @@ class Handle:
         for module in self.model.modules():
             if isinstance(module, (FusedMixin, FusedModelMixin)):
                 module.__class__ = _unfused(type(module))
-                module.__dict__.pop(STATES, None)
+                forget(module)
 
     def __repr__(self) -> str:
         report = self.report()

@@ -535,11 +535,16 @@ def lora_linear(
         bias is None
         and not is_compiling()
         and not torch.is_grad_enabled()
+        and isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
         and isinstance(A, Tensor)
         and isinstance(B, Tensor)
-        and A.dim() == 2 == B.dim()
+        and weight.dim() == A.dim() == B.dim() == 2
+        and x.is_cpu
+        and weight.is_cpu
+        and weight.dtype is x.dtype
     ):
-        # What is left to refuse, torch and the kernels refuse by themselves; the check then words it.
+        # Of what is left to refuse, torch and the kernels refuse all; the check then words it.
         try:
             y = torch.nn.functional.linear(x, weight)
             return _add_one(y, x, A, B, scale)

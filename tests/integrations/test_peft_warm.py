@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from nets import BATCHES, K, adapters, add_hook, both, close, config, net, replace_forward, up_of, warm
+from nets import BATCHES, Doubling, K, N, adapters, add_hook, both, close, config, net, replace_forward, up_of, warm
 from torch.nn.utils.stateless import _reparametrize_module
 
 from lora_kernels.integrations import _peft_state
-from lora_kernels.integrations._peft_state import MOST, STATES
+from lora_kernels.integrations._peft_state import MOST, _layers
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("a_backend")]
 
@@ -53,6 +54,14 @@ CHANGES = {
         lambda up: setattr(up, "lora_A", nn.ModuleDict({"default": linear(up.lora_A.default)})),
         True,
     ),
+    "all parameters of lora_B replaced": (
+        lambda up: setattr(up.lora_B.default, "_parameters", {"weight": weight(up.lora_B.default), "bias": None}),
+        True,
+    ),
+    "all modules of lora_B replaced": (
+        lambda up: setattr(up.lora_B, "_modules", {**up.lora_B._modules, "default": linear(up.lora_B.default)}),
+        True,
+    ),
     "base replaced": (lambda up: setattr(up, "base_layer", linear(up.base_layer)), True),
     "scaling": (lambda up: up.scaling.update(default=0.75), True),
     "all of scaling": (lambda up: setattr(up, "scaling", {**up.scaling, "default": 0.75}), True),
@@ -85,7 +94,7 @@ def test_changes(calls, change, mixed):
     names = {"adapter_names": BATCHES[0]} if mixed and change is not CHANGES["merged"][0] else {}
     for _ in range(2):
         warm(model, **names)
-    assert STATES in up_of(model).__dict__
+    assert id(up_of(model)) in _layers
     calls.take()
     for m in (oracle, model):
         change(up_of(m))
@@ -145,7 +154,7 @@ def test_keeps_few_states():
         for first in names:
             for second in names:
                 model(torch.randn(2, K), adapter_names=[first, second])
-    assert len(up_of(model).__dict__[STATES]) == MOST
+    assert len(_layers[id(up_of(model))][1]) == MOST
 
 
 def test_lets_go_of_deleted_adapters():
@@ -157,23 +166,76 @@ def test_lets_go_of_deleted_adapters():
     assert gone() is None
 
 
-def test_stays_behind_when_copied():
+def test_lets_go_of_what_was_replaced():
+    """Of an old base weight in every state, when the layer is slow from then on."""
+    _, model, _ = both(adapters())
+    for names in (["low"] * 4, ["pattern"] * 4, ["low", "default"] * 2):
+        warm(model, adapter_names=names)
+    gone = weakref.ref(up_of(model).base_layer.weight)
+    up_of(model).base_layer = Doubling(K, N)
+    warm(model, adapter_names=["low"] * 4)
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_warm_model_dies_with_its_last_reference():
+    _, model, handle = both(net())
+    warm(model)
+    up = up_of(model)
+    key, gone = id(up), weakref.ref(up.lora_A.default.weight)
+    assert key in _layers
+    model.base_model.model.up = None
+    del up
+    gc.disable()
+    try:
+        assert handle.model is model
+        gc_needed = gone() is not None
+    finally:
+        gc.enable()
+    assert not gc_needed
+    assert key not in _layers
+
+
+def test_copies_and_unpatching():
     oracle, model, handle = both(adapters())
     warm(model)
+    assert up_of(model).__dict__.keys() == up_of(oracle).__dict__.keys()
     x = torch.randn(4, K)
     shallow = copy.copy(up_of(model))
-    assert shallow.__dict__[STATES].owner is not shallow.__dict__
     shallow.scaling = {name: 0.0 for name in shallow.scaling}
     with torch.no_grad():
         close(shallow(x), shallow.base_layer(x))
         close(up_of(model)(x), up_of(oracle)(x))
         for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert not up_of(clone).__dict__[STATES]
             up_of(clone).lora_B.default.weight.data.zero_()
             close(up_of(clone)(x), up_of(oracle).base_layer(x))
     handle.unpatch()
-    assert STATES not in up_of(model).__dict__
-    assert up_of(model).__dict__.keys() == up_of(oracle).__dict__.keys()
+    assert id(up_of(model)) not in _layers
+
+
+def test_hooks_set_aside_and_put_back(calls):
+    _, model, _ = both(net())
+    factor = up_of(model).lora_B.default
+    add_hook(factor)
+    hooks, factor._forward_hooks = factor._forward_hooks, OrderedDict()
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        without = model(x)
+        factor._forward_hooks = hooks
+        calls.take()
+        assert not torch.allclose(model(x), without)
+    assert calls.take() == (1, 1)
+
+
+def test_backward_hook_that_is_gone(calls):
+    oracle, model, _ = both(net())
+    handle = up_of(model).lora_B.default.register_full_backward_hook(lambda m, gi, go: None)
+    warm(model)
+    handle.remove()
+    calls.take()
+    x = torch.randn(4, K)
+    close(model(x), oracle(x))
+    assert calls.take() == (2, 0)
 
 
 def test_readding_an_adapter_of_the_same_name(calls):

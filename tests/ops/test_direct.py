@@ -77,6 +77,10 @@ OTHERS = {
         "B": (torch.randn(L, 1, 1, dtype=torch.complex64).conj().imag,),
         "y": a["y"][:, :1].contiguous(),
     },
+    "a negative view with a dimension more": lambda a: {
+        "A": (torch.randn(L, R, 1),),
+        "x": torch.randn(M, dtype=torch.complex64).conj().imag.unsqueeze(-1),
+    },
     "a subclass": lambda a: {"x": a["x"].as_subclass(Sub)},
 }  # fmt: skip
 
@@ -113,6 +117,14 @@ def test_bad_arguments():
                 {"x": args["x"].to("meta")}, {"x": args["x"].double()}):  # fmt: skip
         assert lora_add_.native(y, *list({**args, **bad}.values())[1:]) is False
     assert torch.equal(y, args["y"])
+
+
+def test_what_offers_no_tensors_is_refused():
+    for nothing in (object(), None):
+        assert _dispatch._extension.connect(nothing, (), ()) is False
+    with pytest.raises(TypeError, match="a capsule and two tuples"):
+        _dispatch._extension.connect(None)
+    assert taken_now(arguments())
 
 
 class Seen(TorchDispatchMode):

@@ -279,3 +279,23 @@ def test_no_adapters_at_all(backend):
     assert bitwise_equal(lk.multi_lora(x.requires_grad_(), A, B, ids, y=y).detach(), y)
     with pytest.raises(IndexError, match=r"adapter_ids\[0\] is 0"):
         lk.bgmv(y, x.detach(), A, B, ids + 1)
+
+
+@pytest.mark.parametrize("rank", (4, 8, 16))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("value", (float("inf"), float("-inf"), float("nan")))
+def test_a_column_that_is_no_number_stays_alone(rank, dtype, value):
+    """Columns of B that the kernels multiply together do not touch, for few rows as for many."""
+    N = 96
+    generator = torch.Generator().manual_seed(rank)
+    x, A, B = (torch.randn(size, generator=generator) for size in ((20, 32), (1, rank, 32), (1, N, rank)))
+    x, A, clean = x.bfloat16(), A.to(dtype), B.to(dtype)
+    B = clean.clone()
+    B[0, 5, 1] = B[0, 70, 0] = value
+    ids = torch.zeros(20, dtype=torch.int64)
+    want = lk.bgmv(torch.zeros(20, N, dtype=torch.bfloat16), x, A, clean, ids)
+    others = [n for n in range(N) if n not in (5, 70)]
+    for m in (1, 2, 8, 16, 20):
+        y = lk.bgmv(torch.zeros(m, N, dtype=torch.bfloat16), x[:m], A, B, ids[:m])
+        assert bitwise_equal(y[:, others].contiguous(), want[:m, others].contiguous())
+        assert not y[:, [5, 70]].isfinite().any()
