@@ -86,8 +86,9 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         hooks = [read(d, key) for key in ("_forward_hooks", "_forward_pre_hooks")]
         return kind in kinds and read(d, "forward") is ABSENT and not any(hooks)
 
-    def parameter(module: Module, name: str) -> Any:
-        return read(read(module.__dict__, "_parameters"), name)
+    def parameters(module: Module) -> tuple[Any, Any]:
+        held = read(module.__dict__, "_parameters")
+        return read(held, "weight"), read(held, "bias")
 
     d = layer.__dict__
     if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
@@ -96,7 +97,7 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
     base = read(modules, "base_layer")
     if not is_plain(base, Linear) or altered(base.__dict__):
         return None
-    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    weight, bias = parameters(base)
     if type(weight) is not Parameter:
         return None
     members = [read(modules, key) for key in ("lora_A", "lora_B", "lora_dropout")]
@@ -119,12 +120,16 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
             or type(scale) not in (float, int)
         ):
             return None
-        weights = [parameter(m, "weight") for m in (a, b)]
-        biases = [parameter(m, "bias") for m in (a, b)]
-        if any(type(w) is not Parameter for w in weights) or any(v is not None for v in biases):
+        (a_weight, a_bias), (b_weight, b_bias) = parameters(a), parameters(b)
+        if (
+            type(a_weight) is not Parameter
+            or type(b_weight) is not Parameter
+            or a_bias is not None
+            or b_bias is not None
+        ):
             return None
-        A.append(weights[0])
-        B.append(weights[1])
+        A.append(a_weight)
+        B.append(b_weight)
         scales.append(scale)
         adapters.append(name)
         backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in (a, b, dropout))

@@ -260,6 +260,16 @@ def test_refused(function, case, route):
     refused(function, error, message, **changes)
 
 
+@pytest.mark.parametrize(
+    "case", [c for c, (fs, *_) in CASES.items() if "lora_linear" in fs and c != "weight: trainable"]
+)
+def test_lora_linear_refuses_without_gradients_too(case, route):
+    """Where it leaves refusing to torch and the kernels, and gives the same reasons."""
+    _, error, message, changes = CASES[case]
+    with torch.no_grad():
+        refused("lora_linear", error, message, **changes)
+
+
 LATER = {
     "core": torch.ones(R),
     "in_scale": torch.ones(K),
