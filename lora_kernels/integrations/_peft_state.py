@@ -105,7 +105,9 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         return None
     lora_A, lora_B, dropouts = (read(module.__dict__, "_modules") for module in members)
     variants, scaling = read(d, "lora_variant"), read(d, "scaling")
-    A, B, scales, adapters, backward_hooks = [], [], [], [], False
+    A: list[Tensor] = []
+    B: list[Tensor] = []
+    scales, adapters, backward_hooks = [], [], False
     for name in wanted:
         a = read(lora_A, name)
         if a is ABSENT:
