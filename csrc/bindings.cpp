@@ -83,14 +83,9 @@ struct Sequence {
   operator Views() const { return {views.data(), views.size()}; }
 };
 
-struct Optional {
-  View view;
-  bool given;
-  explicit Optional(PyObject* object) : given(object != Py_None) {
-    if (given) view = view_of(object);
-  }
-  operator const View*() const { return given ? &view : nullptr; }
-};
+OptionalView optional_view_of(PyObject* object) {
+  return object == Py_None ? OptionalView() : OptionalView(view_of(object));
+}
 
 struct WithoutGIL {
   PyThreadState* state = PyEval_SaveThread();
@@ -131,7 +126,9 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     View y = view_of(args[0]), x = view_of(args[1]);
     Sequence A(args[2]), B(args[3]);
-    Optional ids(args[4]), indptr(args[5]), plan(args[6]), scaling(args[7]), ranks(args[8]), weights(args[9]);
+    OptionalView ids = optional_view_of(args[4]), indptr = optional_view_of(args[5]), plan = optional_view_of(args[6]);
+    OptionalView scaling = optional_view_of(args[7]), ranks = optional_view_of(args[8]);
+    OptionalView weights = optional_view_of(args[9]);
     WithoutGIL unlocked;
     low_rank_add(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, scale);
   } catch (const NeedsDispatcher&) {

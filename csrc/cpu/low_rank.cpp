@@ -9,16 +9,6 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// An optional tensor's view, for an argument that is a pointer.
-struct Optional {
-  View view;
-  bool given;
-  explicit Optional(const OptionalTensor& t) : given(t.has_value()) {
-    if (t) view = View(*t);
-  }
-  operator const View*() const { return given ? &view : nullptr; }
-};
-
 std::vector<View> views_of(const std::vector<Tensor>& tensors) { return {tensors.begin(), tensors.end()}; }
 
 void check_mixture(const Routing& routing, const View* ids, const View* weights) {
@@ -39,8 +29,8 @@ void lora_add(const Tensor& y, const Tensor& x, std::vector<Tensor> A, std::vect
               OptionalTensor indptr, OptionalTensor plan, OptionalTensor scaling, OptionalTensor ranks,
               OptionalTensor weights, double scale) {
   std::vector<View> a = views_of(A), b = views_of(B);
-  low_rank_add(View(y), View(x), {a.data(), a.size()}, {b.data(), b.size()}, Optional(ids), Optional(indptr),
-               Optional(plan), Optional(scaling), Optional(ranks), Optional(weights), scale);
+  low_rank_add(View(y), View(x), {a.data(), a.size()}, {b.data(), b.size()}, OptionalView(ids), OptionalView(indptr),
+               OptionalView(plan), OptionalView(scaling), OptionalView(ranks), OptionalView(weights), scale);
 }
 
 Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, OptionalTensor indptr,
@@ -49,9 +39,9 @@ Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, O
   std::vector<View> views = views_of(A);
   Factors a({views.data(), views.size()}, 0);
   for (int64_t width : a.widths) STD_TORCH_CHECK(width == in.columns, "A does not fit x");
-  a.set_ranks(Optional(ranks));
+  a.set_ranks(OptionalView(ranks));
   int64_t k = in.rows ? pairs / in.rows : 1;
-  Routing routing(Optional(ids), Optional(indptr), Optional(plan), in.rows, a.adapters, k);
+  Routing routing(OptionalView(ids), OptionalView(indptr), OptionalView(plan), in.rows, a.adapters, k);
   STD_TORCH_CHECK(routing.pairs == pairs, "pairs");
   Tensor v = torch::stable::new_empty(x, {a.slices, pairs, a.padded_rank}, ScalarType::Float);
   if (v.numel()) std::memset(v.data_ptr(), 0, v.numel() * sizeof(float));
@@ -73,12 +63,13 @@ void lora_expand(const Tensor& y, const Tensor& v, std::vector<Tensor> B, Option
   Matrix in(compact);
   in.stride = b.padded_rank;
   STD_TORCH_CHECK(b.total == out.columns, "y does not fit");
-  b.set_ranks(Optional(ranks));
-  Weights per_pair(Optional(weights), out.rows);
-  Routing routing(Optional(ids), Optional(indptr), Optional(plan), out.rows, b.adapters, per_pair.per_row());
-  check_mixture(routing, Optional(ids), Optional(weights));
+  b.set_ranks(OptionalView(ranks));
+  OptionalView of_ids(ids), of_weights(weights);
+  Weights per_pair(of_weights, out.rows);
+  Routing routing(of_ids, OptionalView(indptr), OptionalView(plan), out.rows, b.adapters, per_pair.per_row());
+  check_mixture(routing, of_ids, of_weights);
   STD_TORCH_CHECK(routing.pairs == v.size(1), "v does not fit y");
-  Scales scales(Optional(scaling), scale, b.slices, b.adapters);
+  Scales scales(OptionalView(scaling), scale, b.slices, b.adapters);
   LowRank op{routing, b.slices, b.padded_rank};
   op.v_in = &in, op.y = &out, op.B = &b, op.scales = &scales, op.weights = per_pair.values;
   op.run();
@@ -89,12 +80,12 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
                   OptionalTensor plan, OptionalTensor scaling, OptionalTensor weights, double scale, int64_t pairs) {
   Matrix left{View(u)}, right{View(w)};
   int64_t rows = std::min(left.rows, right.rows);
-  Weights per_pair(Optional(weights), rows);
-  Routing routing(Optional(ids), Optional(indptr), Optional(plan), rows, adapters, rows ? pairs / rows : 1);
+  Weights per_pair(OptionalView(weights), rows);
+  Routing routing(OptionalView(ids), OptionalView(indptr), OptionalView(plan), rows, adapters, rows ? pairs / rows : 1);
   STD_TORCH_CHECK(routing.pairs == pairs && (left.rows == pairs || left.rows == rows) &&
                       (right.rows == pairs || right.rows == rows) && (!weights || weights->numel() == pairs),
                   "pairs");
-  Scales scales(Optional(scaling), scale, 1, adapters);
+  Scales scales(OptionalView(scaling), scale, 1, adapters);
   int64_t P = left.columns, Q = right.columns;
   Tensor out = torch::stable::new_empty(u, {adapters, P, Q}, ScalarType::Float);
   float* data = static_cast<float*>(out.data_ptr());
@@ -119,7 +110,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
 void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, int64_t adapters) {
   STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Int && table.is_contiguous(), "table");
   int64_t capacity = table.numel() - adapters - 3;
-  Optional segments(indptr);
+  OptionalView segments(indptr);
   const std::vector<int32_t>& of_pair = pair_ids(View(ids), segments, indptr ? capacity : -1, adapters);
   STD_TORCH_CHECK(indptr || int64_t(of_pair.size()) <= capacity, "the plan has too little room");
   int32_t* p = static_cast<int32_t*>(table.data_ptr());

@@ -56,6 +56,19 @@ struct View {
   }
 };
 
+// The view of an argument that may be None, for a parameter that is a pointer.
+struct OptionalView {
+  View view{};
+  bool given = false;
+
+  OptionalView() = default;
+  explicit OptionalView(const View& v) : view(v), given(true) {}
+  explicit OptionalView(const std::optional<Tensor>& t) : given(t.has_value()) {
+    if (t) view = View(*t);
+  }
+  operator const View*() const { return given ? &view : nullptr; }
+};
+
 // A view of contiguous elements: the one given, or of a copy.
 struct Compact : View {
   std::optional<Tensor> copy;

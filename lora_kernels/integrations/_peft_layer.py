@@ -26,7 +26,7 @@ from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names, scaling_tensor
-from ._peft_state import altered, forget, look, recall
+from ._peft_state import forget, look, recall
 
 logger = logging.getLogger("lora_kernels")
 
@@ -156,6 +156,17 @@ def _unusual() -> Any:
     )
 
 
+def _altered(d: dict) -> Any:
+    """Whether calling the module whose ``__dict__`` this is does more than its class's forward."""
+    return (
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or "forward" in d
+    )
+
+
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
@@ -221,7 +232,7 @@ def _module_reason(what: str, module: Module) -> str | None:
     d, weight = module.__dict__, module._parameters.get("weight")
     if "forward" in d:
         return f"{what}: its forward was replaced on the instance"
-    if altered(d):
+    if _altered(d):
         return f"{what} has hooks"
     if type(weight) is not Parameter:
         return f"{what}: its weight is {'not a parameter' if weight is None else _name(type(weight))}"
@@ -239,7 +250,7 @@ def _adapter_reason(layer: Any, name: str, dtype: torch.dtype) -> str | None:
         return f"dropout is {_name(type(dropout))}"
     if type(dropout) is Dropout and dropout.training and dropout.p:
         return "dropout in training"
-    if altered(dropout.__dict__):
+    if _altered(dropout.__dict__):
         return "dropout has hooks"
     for what, module in (("lora_A", a), ("lora_B", b)):
         if type(module) is not Linear:

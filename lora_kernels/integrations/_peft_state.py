@@ -95,7 +95,7 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         return None
     modules = read(d, "_modules")
     base = read(modules, "base_layer")
-    if not is_plain(base, Linear) or altered(base.__dict__):
+    if not is_plain(base, Linear) or _has_backward_hooks(base):
         return None
     weight, bias = parameters(base)
     if type(weight) is not Parameter:
@@ -134,18 +134,11 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         B.append(b_weight)
         scales.append(scale)
         adapters.append(name)
-        backward_hooks = backward_hooks or any(m._backward_hooks or m._backward_pre_hooks for m in (a, b, dropout))
+        backward_hooks = backward_hooks or any(map(_has_backward_hooks, (a, b, dropout)))
     if not A:
         return None
     return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, b"")
 
 
-def altered(d: dict) -> Any:
-    """Whether calling the module whose ``__dict__`` this is does more than its class's forward."""
-    return (
-        d["_forward_hooks"]
-        or d["_forward_pre_hooks"]
-        or d["_backward_hooks"]
-        or d["_backward_pre_hooks"]
-        or "forward" in d
-    )
+def _has_backward_hooks(module: Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)

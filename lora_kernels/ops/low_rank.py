@@ -512,16 +512,8 @@ def lora_linear(
         NotImplementedError: one of the arguments not supported yet was given.
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device.
     """
-    if (
-        core is not None
-        or in_scale is not None
-        or delta_in_scale is not None
-        or delta_scale is not None
-        or out_scale is not None
-        or magnitude is not None
-        or weight_norm_sq is not None
-        or (dropout and training)
-    ):
+    none_given = core is in_scale is delta_in_scale is delta_scale is out_scale is magnitude is weight_norm_sq is None
+    if not none_given or (dropout and training):
         given = dict(
             core=core, in_scale=in_scale, delta_in_scale=delta_in_scale, delta_scale=delta_scale, out_scale=out_scale,
             magnitude=magnitude, weight_norm_sq=weight_norm_sq,
