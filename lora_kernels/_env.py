@@ -21,6 +21,11 @@ def check() -> bool:
     return os.environ.get("LORA_KERNELS_CHECK", "0") not in ("", "0")
 
 
+def interpreted() -> bool:
+    """``TRITON_INTERPRET=1``, Triton's own: its kernels run in Python, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
 def cache_dir() -> Path:
     """``LORA_KERNELS_CACHE``: where the demo keeps its model and adapters (``~/.cache/lora_kernels``)."""
     return Path(os.environ.get("LORA_KERNELS_CACHE") or Path.home() / ".cache" / "lora_kernels")

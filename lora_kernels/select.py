@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 BACKENDS = ("reference", "cpu", "triton", "cuda", "sim")
 
 
@@ -15,12 +17,17 @@ class Choice:
     reason: str
 
 
-def choose(device_type: str, available: frozenset[str], forced: str | None = None) -> Choice:
+def choose(
+    device_type: str, available: frozenset[str], forced: str | None = None, *, interpreted: bool = False
+) -> Choice:
     """The backend for tensors on ``device_type`` among those ``available`` for the op.
 
-    A forced backend is taken or refused (``backend`` None), never replaced.
+    A forced backend is taken or refused (``backend`` None), never replaced. ``interpreted``: Triton's interpreter is
+    on, so that its kernels take CPU tensors when forced.
     """
     suits = {"cpu": ("cpu", "sim"), "cuda": ("cuda", "triton")}.get(device_type, ())
+    if interpreted and device_type == "cpu" and forced == "triton":
+        suits += ("triton",)
     if forced is not None:
         if forced not in BACKENDS:
             return Choice(None, f"no backend is called {forced!r}; there are {', '.join(BACKENDS)}")
@@ -34,3 +41,98 @@ def choose(device_type: str, available: frozenset[str], forced: str | None = Non
             return Choice(name, f"the fastest backend for {device_type} tensors here")
     missing = f"no {suits[0]} kernel here" if suits else f"no kernel for {device_type} tensors"
     return Choice("reference", missing)
+
+
+@dataclass(frozen=True)
+class ShrinkTiles:
+    """How the Triton shrink cuts its work.
+
+    K is summed in ``chunks`` chunks of ``chunk``, which depend on K and the dtypes alone, since they are what decides a
+    row's bits; ``split`` programs share them.
+    """
+
+    block_m: int
+    block_k: int
+    block_r: int
+    chunk: int
+    chunks: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ExpandTiles:
+    """How the Triton expand cuts its work."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class OuterTiles:
+    """How the Triton outer products cut their work."""
+
+    block_p: int
+    block_u: int
+    block_w: int
+    num_warps: int
+    num_stages: int
+
+
+def shrink_tiles(
+    pairs: int, L: int, S: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, *, planned: bool
+) -> ShrinkTiles:
+    """For ``pairs`` rows over ``L`` adapters, ``S`` slices of ``[R, K]``."""
+    half = x == factors != torch.float32
+    block_k = 128 if half else 64
+    block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
+    chunks = min(16, max(1, -(-K // 512)))
+    chunk = -(-K // (chunks * block_k)) * block_k
+    chunks = max(1, -(-K // chunk)) if chunk else 1
+    chunk = max(chunk, block_k)
+    few = pairs <= 256
+    return ShrinkTiles(
+        block_m=16 if few else 32,
+        block_k=block_k,
+        block_r=block_r,
+        chunk=chunk,
+        chunks=chunks,
+        split=chunks if few else 1,
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def expand_tiles(
+    pairs: int, L: int, widths: tuple[int, ...], R: int, y: torch.dtype, factors: torch.dtype, *, planned: bool
+) -> ExpandTiles:
+    """For ``pairs`` rows over ``L`` adapters, a slice of ``[N, R]`` for each N of ``widths``."""
+    half = factors != torch.float32
+    few = pairs <= 256
+    return ExpandTiles(
+        block_m=16 if few else 32,
+        block_n=128,
+        block_r=min(max(_power_of_2(R), 16), 64 if half else 32),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def outer_tiles(U: int, W: int, u: torch.dtype, w: torch.dtype) -> OuterTiles:
+    """For results ``[U, W]``."""
+    return OuterTiles(
+        block_p=32,
+        block_u=min(max(_power_of_2(U), 16), 64),
+        block_w=min(max(_power_of_2(W), 16), 64),
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+def _power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,7 +1,8 @@
 """Registration of the ops with ``torch.library`` and the way a call takes to its backend.
 
 The schema of an op is read off its reference function. The compiled extension registers its kernels under the
-dispatcher's CPU key; the reference serves every device for which nothing faster is registered.
+dispatcher's CPU key, Triton's stand under its CUDA key and are imported at the first call; the reference serves every
+device for which nothing faster is registered.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -107,6 +109,12 @@ def forced_backend() -> str | None:
 
 
 @functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def _say_missing() -> None:
     logger.warning("the compiled CPU kernels are missing, so ops run on the slower reference: %s", extension_error)
 
@@ -130,6 +138,8 @@ class Op:
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
         self.native: Callable[..., bool] | None = getattr(_extension, self.name, None)
+        if has_triton():
+            _library.impl(self.name, self.triton, "CUDA")
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
         Op.registry[self.name] = self
@@ -137,7 +147,12 @@ class Op:
     def backends(self) -> frozenset[str]:
         """The backends that have a kernel for this op here."""
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
-        return frozenset({"reference", "cpu"} if compiled else {"reference"})
+        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * has_triton())
+
+    def triton(self, *args: Any) -> Any:
+        """The Triton kernel of the same name and arguments, in the module of the family's name."""
+        family = self.reference.__module__.rpartition(".")[2]
+        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{family}"), self.name)(*args)
 
     def __call__(self, *args: Any) -> Any:
         if is_compiling():
@@ -148,7 +163,9 @@ class Op:
                 _say_missing()
             return self.overload(*args)
         device = next(a for a in args if isinstance(a, Tensor)).device.type
-        choice = choose(device, self.backends(), forced)
+        choice = choose(device, self.backends(), forced, interpreted=_env.interpreted())
         if choice.backend is None:
             raise RuntimeError(f"{self.name}: {choice.reason}")
-        return self.reference(*args) if choice.backend == "reference" else self.overload(*args)
+        if choice.backend in ("reference", "triton"):
+            return getattr(self, choice.backend)(*args)
+        return self.overload(*args)

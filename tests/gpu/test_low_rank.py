@@ -1,0 +1,212 @@
+"""The ``low_rank`` family on a GPU, against the float64 oracle, and what only a GPU shows: streams, graphs, devices."""
+
+import functools
+
+import pytest
+import torch
+
+import lora_kernels as lk
+from lora_kernels.ops._dispatch import Op
+from lora_kernels.testing import (
+    LOW_RANK_DTYPES,
+    adapter_count,
+    as_segments,
+    assert_within_rule,
+    bitwise_equal,
+    low_rank_oracle,
+    low_rank_plain,
+    low_rank_samples,
+    low_rank_terms,
+    rms,
+    shrink_oracle,
+)
+
+SAMPLES = [
+    pytest.param(name, sample, id=f"{name}-{sample.name}")
+    for name, dtypes in LOW_RANK_DTYPES.items()
+    for sample in low_rank_samples(*dtypes)
+]
+
+
+def on_gpu(value):
+    """A copy on the GPU with the same strides, a view of a copy of the same base."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(on_gpu(one) for one in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    base = value if value._base is None else value._base
+    return base.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def make(sample):
+    return {name: on_gpu(value) for name, value in sample.make(0).items()}
+
+
+@functools.cache
+def expected(sample):
+    a = sample.make(0)
+    noise = a["x"].shape[-1] ** 0.5 * 2**-24 * low_rank_terms(**a)
+    return low_rank_oracle(**a), low_rank_plain(**a), noise
+
+
+def test_triton_is_what_runs():
+    assert {op.op: op.backend for op in lk.info().ops if op.device == "cuda"} == dict.fromkeys(Op.registry, "triton")
+
+
+@pytest.mark.parametrize("name, sample", SAMPLES)
+def test_bgmv(name, sample):
+    a = make(sample)
+    outside = a["y"] if a["y"]._base is None else a["y"]._base
+    before = outside.clone()
+    y = lk.bgmv(**a)
+    assert y is a["y"]
+    oracle, plain, noise = expected(sample)
+    assert_within_rule(y.cpu(), oracle, plain, noise=noise, what=sample.name)
+    y.copy_(before.as_strided(y.shape, y.stride(), y.storage_offset()))
+    assert bitwise_equal(outside, before), "wrote outside y"
+
+
+@pytest.mark.parametrize("name, sample", SAMPLES)
+def test_forms_agree(name, sample):
+    a = make(sample)
+    options = {option: a[option] for option in ("scaling", "ranks")}
+    ids, want = a["adapter_ids"], lk.bgmv(**a)
+    L = adapter_count(a["A"])
+    plan = lk.BatchPlan.from_ids(ids, L)
+    cpu_plan = lk.BatchPlan.from_ids(ids.cpu(), L)
+    size = L + 3 + int(plan.table[2 + L])
+    assert torch.equal(plan.table[:size].cpu(), cpu_plan.table[:size])
+    got = {"a plan": lk.bgmv(**{**make(sample), "adapter_ids": plan}), "multi_lora": lk.multi_lora(**make(sample))}
+    if "mixture" not in sample.traits:
+        segments = [t.cuda() for t in as_segments(ids.cpu())]
+        b = make(sample)
+        got["sgmv"] = lk.sgmv(b["y"], b["x"], b["A"], b["B"], *segments, **options)
+    for form, value in got.items():
+        assert bitwise_equal(value, want), form
+
+
+@pytest.mark.parametrize("name, sample", [p for p in SAMPLES if "mixture" not in p.values[1].traits])
+def test_halves(name, sample):
+    a, b = make(sample), sample.make(0)
+    v = lk.bgmv_shrink(a["x"], a["A"], a["adapter_ids"], ranks=a["ranks"])
+    oracle = shrink_oracle(b["x"], b["A"], b["adapter_ids"], ranks=b["ranks"])
+    squares = [t.double() ** 2 for t in ((b["A"],) if isinstance(b["A"], torch.Tensor) else b["A"])]
+    terms = shrink_oracle(b["x"].double() ** 2, squares, b["adapter_ids"], ranks=b["ranks"])
+    noise = b["x"].shape[-1] ** 0.5 * 2**-24 * rms(terms[terms.isfinite()].sqrt())
+    assert_within_rule(v.cpu(), oracle, oracle.float(), noise=noise, what="v")
+    assert not v.cpu()[oracle == 0].any()
+    y = lk.bgmv_expand(a["y"], v, a["B"], a["adapter_ids"], scaling=a["scaling"], ranks=a["ranks"])
+    oracle, plain, noise = expected(sample)
+    assert_within_rule(y.cpu(), oracle, plain, noise=noise, what="y")
+
+
+@pytest.mark.parametrize("name", LOW_RANK_DTYPES)
+@pytest.mark.parametrize("K, N, R", ((63, 31, 3), (4096, 1024, 16), (2500, 577, 40), (14336, 4096, 128)))
+def test_a_row_does_not_feel_its_batch(name, K, N, R):
+    dtypes = LOW_RANK_DTYPES[name]
+    M, L = 700, 4
+    x, y = torch.randn(M, K, device="cuda").to(dtypes.x), torch.randn(M, N, device="cuda").to(dtypes.y)
+    A = (torch.randn(L, R, K, device="cuda") / K**0.5).to(dtypes.factors)
+    B = torch.randn(L, N, R, device="cuda").to(dtypes.factors)
+    ids = torch.randint(-1, L, (M,), device="cuda")
+    want = lk.bgmv(y.clone(), x, A, B, ids)
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, ids), want)
+    for rows in (slice(0, 1), slice(5, 21), slice(3, 160), slice(100, 500)):
+        assert bitwise_equal(lk.bgmv(y[rows].clone(), x[rows], A, B, ids[rows]), want[rows]), rows
+
+
+@pytest.mark.parametrize("name", LOW_RANK_DTYPES)
+@pytest.mark.parametrize("k", (0, 2))
+def test_gradients(name, k):
+    dtypes = LOW_RANK_DTYPES[name]
+    sample = next(s for s in low_rank_samples(*dtypes) if s.name == ("mixture-of-3" if k else "gate-up-live-ranks"))
+
+    def gradients(function, device, make_leaf):
+        a = sample.make(0)
+        a["x"], a["y"] = a["x"].nan_to_num(), a["y"].nan_to_num()
+        a["A"], a["B"] = (tuple(t.nan_to_num() for t in a[f]) for f in "AB")
+        a = {n: tuple(t.to(device) for t in v) if isinstance(v, tuple) else v.to(device) if isinstance(v, torch.Tensor)
+             else v for n, v in a.items()}  # fmt: skip
+        leaves = [make_leaf(t) for t in (a["x"], a["y"], *a["A"], *a["B"])]
+        count = len(a["A"])
+        a["x"], a["y"], a["A"], a["B"] = leaves[0], leaves[1], tuple(leaves[2 : 2 + count]), tuple(leaves[2 + count :])
+        out = function(**a)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(device, out.dtype)
+        return torch.autograd.grad(out, leaves, weight)
+
+    leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
+    got = gradients(lk.multi_lora, "cuda", leaf)
+    again = gradients(lk.multi_lora, "cuda", leaf)
+    plain = gradients(low_rank_plain, "cpu", leaf)
+    want = gradients(low_rank_oracle, "cpu", lambda t: t.detach().double().requires_grad_())
+    for what, g, g2, p, w in zip(("x", "y", "A", "A", "B", "B"), got, again, plain, want, strict=True):
+        assert bitwise_equal(g, g2)
+        assert_within_rule(g.cpu(), w, p, noise=2**-20 * rms(w), what=f"d{what}")
+
+
+def test_a_captured_graph_serves_other_ids():
+    M, K, N, R, L = 48, 512, 768, 16, 6
+    x, A = torch.randn(M, K, device="cuda"), torch.randn(L, R, K, device="cuda")
+    B, y = torch.randn(L, N, R, device="cuda"), torch.zeros(M, N, device="cuda")
+    plan = lk.BatchPlan.empty(M, L, "cuda")
+    ids = torch.zeros(M, dtype=torch.int64, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        plan.update_(ids)
+        lk.bgmv(y, x, A, B, plan)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y.zero_()
+        plan.update_(ids)
+        lk.bgmv(y, x, A, B, plan)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        ids.copy_(torch.randint(-1, L if seed % 2 else 1, (M,)))
+        graph.replay()
+        assert bitwise_equal(y, lk.bgmv(torch.zeros_like(y), x, A, B, ids))
+
+
+def test_nothing_waits_for_the_host():
+    x, A, B = (torch.randn(s, device="cuda") for s in ((8, 64), (3, 4, 64), (3, 32, 4)))
+    y, ids = torch.zeros(8, 32, device="cuda"), torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], device="cuda")
+    lk.bgmv(y, x, A, B, ids)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        lk.bgmv(y, x, A, B, ids)
+        lk.bgmv(y, x, A, B, lk.BatchPlan.from_ids(ids, 3))
+        lk.lora_linear(x, torch.empty(32, 64, device="cuda"), A[0], B[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_an_id_out_of_range_is_no_adapter():
+    x, A, B = (torch.randn(s, device="cuda") for s in ((4, 64), (2, 4, 64), (2, 32, 4)))
+    y = torch.ones(4, 32, device="cuda")
+    lk.bgmv(y, x, A, B, torch.tensor([0, 2, -5, 1 << 20], device="cuda"))
+    assert bool((y[1:] == 1).all()) and not bool((y[0] == 1).all())
+    plan = lk.BatchPlan.from_ids(torch.tensor([0, 1, 2, 3], device="cuda"), 7)
+    before = y.clone()
+    lk.bgmv(y, x, A, B, plan)  # of other adapters
+    assert bitwise_equal(y, before)
+
+
+def test_many_adapters():
+    M, L = 3000, 2500
+    x, A, B = torch.randn(M, 64, device="cuda"), torch.randn(L, 4, 64, device="cuda"), torch.randn(L, 32, 4, device="cuda")
+    ids = torch.randint(-1, L, (M,), device="cuda")
+    y = lk.bgmv(torch.zeros(M, 32, device="cuda"), x, A, B, ids)
+    want = torch.einsum("mr,mnr->mn", torch.einsum("mk,mrk->mr", x.double(), A[ids].double()), B[ids].double())
+    want[ids < 0] = 0
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_compiles_once(dtype):
+    K, N, R = 64, 48, 8
+    A, B = torch.randn(3, R, K, device="cuda", dtype=dtype), torch.randn(3, N, R, device="cuda", dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, ids: lk.multi_lora(x, A, B, ids), fullgraph=True, dynamic=True, backend="aot_eager")
+    for M in (5, 9, 33):
+        x, ids = torch.randn(M, K, device="cuda", dtype=dtype), torch.randint(-1, 3, (M,), device="cuda")
+        assert bitwise_equal(compiled(x, ids), lk.multi_lora(x, A, B, ids))
