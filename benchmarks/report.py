@@ -5,7 +5,8 @@
     python benchmarks/report.py --readme README.md --check    # fails where the README says something else
     python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
 
-A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank`` or ``peft``.
+A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft`` or
+``gpu``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NOT_MEASURED = "not yet measured"
 
 @dataclass(frozen=True)
 class Result:
-    """One pytest-benchmark JSON, and where it lies, if anywhere."""
+    """One JSON of pytest-benchmark or of ``gpu_low_rank.py``, and where it lies, if anywhere."""
 
     found: dict[str, Any]
     path: Path | None = None
@@ -41,7 +42,7 @@ class Result:
     def cases(self, prefix: str) -> dict[str, dict[str, dict[str, Any]]]:
         """Its entries by case and provider, of the cases whose name begins with ``prefix``."""
         cases: dict[str, dict[str, dict[str, Any]]] = {}
-        for entry in self.found["benchmarks"]:
+        for entry in self.found.get("benchmarks", ()):
             if entry["group"].startswith(prefix):
                 cases.setdefault(entry["group"], {})[entry["extra_info"]["provider"]] = entry
         return cases
@@ -120,12 +121,51 @@ def _step(info: dict[str, Any]) -> str:
     return f"{info['rows']} × {info['tokens']}, {'mixed' if info['mixed'] else 'one adapter'}"
 
 
-SECTIONS = {"low_rank": low_rank, "peft": peft}
+def gpu(result: Result) -> list[Table]:
+    """The tables of ``gpu_low_rank.py``: its cases of rank 16 of two layers, and what the GPU reaches."""
+    cases = [c for c in result.found.get("cases", ()) if c["rank"] == 16 and c["site"] in ("o", "gate_up")]
+    if not cases:
+        return []
+    others = list(dict.fromkeys(name for case in cases for name in case["providers"] if name != OURS))
+    rows = []
+    for case in cases:
+        own, floor = case["providers"][OURS], case["floor_us"]
+        found = (case["providers"].get(name) for name in others)
+        rows.append(
+            [
+                f"{case['site']}, {case['rows']} × {case['adapters']}",
+                *(f"{us:.1f}" for us in (case["base_us"], floor, own["alone_us"], own["exposed_us"])),
+                f"{floor / own['alone_us']:.0%}",
+                *(f"{other['alone_us'] / own['alone_us']:.1f}×" if other else "" for other in found),
+            ]
+        )
+    columns = [
+        "layer of Llama-3.1-8B, rows × adapters",
+        "base, µs",
+        "floor, µs",
+        "µs",
+        "added to the base, µs",
+        "% of roof",
+    ]
+    rates = result.found["roofs"]
+    roof = ["roof", *(f"{rates[name] / 1e12:.2f}" for name in ("read", "copy")), f"{rates['bf16'] / 1e12:.0f}"]
+    return [
+        Table("bf16, rank 16, a plan given, cold factors", [*columns, *(f"{n} takes" for n in others)], rows),
+        Table("What the GPU reaches", ["", "read, TB/s", "copy, TB/s", "bf16, TFLOP/s"], [roof]),
+    ]
+
+
+SECTIONS = {"low_rank": low_rank, "peft": peft, "gpu": gpu}
 
 
 def source(result: Result) -> str:
     """What a result was measured with, in a line."""
-    machine, commit = result.machine, result.found["commit_info"].get("id", "")
+    machine = result.machine
+    if "cases" in result.found:
+        packages = f"torch {machine['torch']}, triton {machine['triton']}"
+        how = f"medians of {result.found['replays']} replays of a captured graph in turns"
+        return f"{machine['gpu']}; {packages}; {how}; {result.found['datetime'][:10]}"
+    commit = result.found["commit_info"].get("id", "")
     rounds = sorted({entry["stats"]["rounds"] for entry in result.found["benchmarks"]})
     packages = [f"{name} {machine[name]}" for name in ("torch", "triton", "peft", "transformers") if machine.get(name)]
     where = f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads"
@@ -143,16 +183,15 @@ def markdown(table: Table) -> str:
 
 def section(name: str, results: Iterable[Result], folder: Path) -> str:
     """All that stands between the markers of ``name``; pictures are named relative to ``folder``."""
-    parts, gpu = [], False
+    parts = []
     for result in results:
         if tables := SECTIONS[name](result):
-            gpu |= result.machine["device"].startswith("gpu")
             parts += [f"**{source(result)}.**", *map(markdown, tables)]
             if name == "peft" and (drawing := picture_path(result)) is not None and drawing.exists():
                 parts.append(f"![Time over the base model's step]({Path(os.path.relpath(drawing, folder)).as_posix()})")
     if not parts:
-        parts.append(f"CPU: {NOT_MEASURED}.")
-    if not gpu:
+        parts.append(f"{'GPU' if name == 'gpu' else 'CPU'}: {NOT_MEASURED}.")
+    if name == "peft":
         parts.append(f"GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 

@@ -43,7 +43,7 @@ class BatchPlan:
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name} must be an int >= 0, got {value!r}")
         table = torch.zeros(3 + num_adapters + capacity, dtype=torch.int32, device=device)
-        table[1] = num_adapters
+        table[1:2].fill_(num_adapters)
         return cls(table, capacity, num_adapters, 0)
 
     @classmethod

@@ -25,7 +25,7 @@ def choose(
     A forced backend is taken or refused (``backend`` None), never replaced. ``interpreted``: Triton's interpreter is
     on, so that its kernels take CPU tensors when forced.
     """
-    suits = {"cpu": ("cpu", "sim"), "cuda": ("cuda", "triton")}.get(device_type, ())
+    suits: tuple[str, ...] = {"cpu": ("cpu", "sim"), "cuda": ("cuda", "triton")}.get(device_type, ())
     if interpreted and device_type == "cpu" and forced == "triton":
         suits += ("triton",)
     if forced is not None:
@@ -63,11 +63,12 @@ class ShrinkTiles:
 
 @dataclass(frozen=True)
 class ExpandTiles:
-    """How the Triton expand cuts its work."""
+    """How the Triton expand cuts its work; a program takes ``group`` blocks of columns in turn."""
 
     block_m: int
     block_n: int
     block_r: int
+    group: int
     num_warps: int
     num_stages: int
 
@@ -84,45 +85,42 @@ class OuterTiles:
 
 
 def shrink_tiles(
-    pairs: int, L: int, S: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, *, planned: bool
+    pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, shared: int = 99 * 1024
 ) -> ShrinkTiles:
-    """For ``pairs`` rows over ``L`` adapters, ``S`` slices of ``[R, K]``."""
+    """For ``pairs`` rows over ``L`` adapters of ``[R, K]``; sizes are those that were fastest on an H100.
+
+    ``shared``: bytes of shared memory a block may have.
+    """
     half = x == factors != torch.float32
     block_k = 128 if half else 64
     block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
-    chunks = min(16, max(1, -(-K // 512)))
-    chunk = -(-K // (chunks * block_k)) * block_k
-    chunks = max(1, -(-K // chunk)) if chunk else 1
-    chunk = max(chunk, block_k)
-    few = pairs <= 256
+    chunk = 256 if K <= 4096 else 512
+    chunks = max(-(-K // chunk), 1)
+    tall = pairs > 256 and pairs >= 32 * L
+    block_m = (64 if half else 32) if tall else 16
+    stage = (block_m + block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
-        block_m=16 if few else 32,
+        block_m=block_m,
         block_k=block_k,
         block_r=block_r,
         chunk=chunk,
         chunks=chunks,
-        split=chunks if few else 1,
+        split=chunks if pairs * R <= 32768 else 1,
         num_warps=4,
-        num_stages=3,
+        num_stages=min(5 if half and tall else 3, max(shared // stage, 1)),
     )
 
 
-def expand_tiles(
-    pairs: int, L: int, widths: tuple[int, ...], R: int, y: torch.dtype, factors: torch.dtype, *, planned: bool
-) -> ExpandTiles:
-    """For ``pairs`` rows over ``L`` adapters, a slice of ``[N, R]`` for each N of ``widths``."""
+def expand_tiles(pairs: int, L: int, R: int, factors: torch.dtype) -> ExpandTiles:
+    """For ``pairs`` rows over ``L`` adapters of ``[N, R]``; sizes are those that were fastest on an H100."""
     half = factors != torch.float32
-    few = pairs <= 256
-    return ExpandTiles(
-        block_m=16 if few else 32,
-        block_n=128,
-        block_r=min(max(_power_of_2(R), 16), 64 if half else 32),
-        num_warps=4,
-        num_stages=2,
-    )
+    block_r = min(max(_power_of_2(R), 16), 64 if half else 32)
+    if pairs > 256 and pairs >= 32 * L:
+        return ExpandTiles(block_m=32, block_n=64, block_r=block_r, group=8, num_warps=2, num_stages=3)
+    return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4, num_stages=1)
 
 
-def outer_tiles(U: int, W: int, u: torch.dtype, w: torch.dtype) -> OuterTiles:
+def outer_tiles(U: int, W: int) -> OuterTiles:
     """For results ``[U, W]``."""
     return OuterTiles(
         block_p=32,

@@ -18,6 +18,8 @@ stale
 between
 <!-- benchmarks:peft -->
 <!-- /benchmarks:peft -->
+<!-- benchmarks:gpu -->
+<!-- /benchmarks:gpu -->
 end
 """
 
@@ -135,8 +137,31 @@ def test_what_has_no_result_is_not_yet_measured(report, found, tmp_path):
     text = report.insert(README, [report.Result(found)], tmp_path)
     assert "CPU: not" not in text
     assert text.count("GPU: not yet measured.") == 2
-    gpu = {**found, "machine_info": {**found["machine_info"], "device": "gpu-y"}}
-    assert "not yet" not in report.insert(README, [report.Result(found), report.Result(gpu)], tmp_path)
+    text = report.insert(README, [report.Result(found), report.Result(on_gpu())], tmp_path)
+    assert text.count("GPU: not yet measured.") == 1  # of the patched model
+
+
+def on_gpu():
+    times = {"lora_kernels": {"alone_us": 4.0, "exposed_us": 3.0}, "addmm loop": {"alone_us": 20.0, "exposed_us": 21.0}}
+    case = {"site": "o", "rows": 8, "adapters": 2, "rank": 16, "floor_us": 2.0, "base_us": 17.0, "providers": times}
+    only_ours = {**case, "rows": 64, "providers": {"lora_kernels": times["lora_kernels"]}}
+    machine = {"device": "gpu-y", "gpu": "Y", "torch": "2.11.0", "triton": "3.6.0"}
+    roofs = {"read": 3e12, "copy": 2e12, "bf16": 8e14}
+    return {
+        "machine_info": machine,
+        "datetime": "2026-01-02",
+        "replays": 20,
+        "roofs": roofs,
+        "cases": [case, only_ours],
+    }
+
+
+def test_a_gpu_table_says_what_the_result_says(report, tmp_path):
+    text = report.insert(README, [report.Result(on_gpu())], tmp_path)
+    assert cells(text, "o, 8 × 2") == ["17.0", "2.0", "4.0", "3.0", "50%", "5.0×"]
+    assert cells(text, "o, 64 × 2") == ["17.0", "2.0", "4.0", "3.0", "50%", ""]
+    assert cells(text, "roof") == ["3.00", "2.00", "800"]
+    assert "Y; torch 2.11.0, triton 3.6.0; medians of 20 replays" in text
 
 
 @pytest.mark.parametrize(

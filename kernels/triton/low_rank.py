@@ -12,15 +12,17 @@ are added in order. So a row has the same bits in every batch.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+import triton
+import triton.language as tl
 from lora_kernels.reference import low_rank as reference
 from lora_kernels.select import expand_tiles, outer_tiles, shrink_tiles
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 HEADER = tl.constexpr(3)  # of a plan table, besides its L offsets: P, L and the last offset
 
@@ -37,26 +39,21 @@ def _select(values, s, S: tl.constexpr):
 
 @triton.jit
 def _tile(plan, tile, pairs, L, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, PLANNED: tl.constexpr):
-    """(adapter, its pairs in this tile, which of them exist); the adapter is L or more past the last tile."""
+    """(adapter, its pairs in this tile, which of them exist); the adapter is L where the tile is empty."""
     m = tl.arange(0, BLOCK_M)
     if PLANNED:
-        adapter = 0
-        before = 0  # tiles of the adapters up to this one
-        tiles = 0
+        # Adapter l has tile slots from start_l // BLOCK_M + l on: enough, in order, and found without a prefix sum.
+        adapter = -1
         for first in range(0, L, BLOCK_L):
             l = first + tl.arange(0, BLOCK_L)
             start = tl.load(plan + 2 + l, mask=l < L, other=0)
-            stop = tl.load(plan + 3 + l, mask=l < L, other=0)
-            end = tiles + tl.cumsum((stop - start + BLOCK_M - 1) // BLOCK_M)
-            past = end <= tile
-            adapter += tl.sum(past.to(tl.int32))
-            before = tl.maximum(before, tl.max(tl.where(past, end, 0)))
-            tiles = tl.max(end)
-        adapter = tl.where(tl.load(plan + 1) == L, adapter, L)  # a plan of other adapters: none
-        inside = adapter < L
-        start = tl.load(plan + 2 + adapter, mask=inside, other=0)
-        stop = tl.load(plan + 3 + adapter, mask=inside, other=0)
-        position = start + (tile - before) * BLOCK_M + m
+            adapter += tl.sum(((l < L) & (start // BLOCK_M + l <= tile)).to(tl.int32))
+        matches = (tl.load(plan + 1) == L) & (adapter >= 0)  # a plan of other adapters has none of these
+        start = tl.load(plan + 2 + adapter, mask=matches, other=0)
+        stop = tl.load(plan + 3 + adapter, mask=matches, other=0)
+        start += (tile - start // BLOCK_M - adapter) * BLOCK_M
+        adapter = tl.where(start < stop, adapter, L)
+        position = start + m
         pair = tl.load(plan + HEADER + L + position, mask=position < stop, other=0)
         live = (position < stop) & (pair < pairs)
     else:
@@ -100,7 +97,7 @@ def plan_kernel(
     for first in range(0, pairs, BLOCK):
         pair = first + tl.arange(0, BLOCK)
         id_ = _id(ids, indptr, pair, pairs, segments, bits, SEGMENTED)
-        mine = (id_ == l) & (l < L)
+        mine = (id_ == l) & (id_ < L)
         place = stop + tl.cumsum(mine.to(tl.int32)) - 1
         tl.store(table + HEADER + L + place, pair, mask=mine)
         stop += tl.sum(mine.to(tl.int32))
@@ -138,9 +135,12 @@ def shrink_kernel(
     x_m, x_k, a_l, a_r, a_k, ranks_s, ranks_l,
     S: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-    PLANNED: tl.constexpr, RANKED: tl.constexpr, PRECISION: tl.constexpr,
+    PLANNED: tl.constexpr, RANKED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """v[c, s, p, r] = the sum of x a over the CHUNKS chunks of K from chunk c · CHUNKS on, zero past the live rank."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     adapter, pair, live = _tile(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
     if adapter >= L:
         return
@@ -159,13 +159,13 @@ def shrink_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if tl.program_id(2) % rank_blocks * BLOCK_R < rank:
         for i in range(0, CHUNK * CHUNKS // BLOCK_K):
-            if EVEN_K:
-                x_block = tl.load(x_at)
+            if EVEN_K:  # A first: its address is known before x's
                 a_block = tl.load(a_at, mask=wide[None, :], other=0.0)
+                x_block = tl.load(x_at)
             else:
                 inside = kk < K
-                x_block = tl.load(x_at, mask=inside[None, :], other=0.0)
                 a_block = tl.load(a_at, mask=wide[None, :] & inside[:, None], other=0.0)
+                x_block = tl.load(x_at, mask=inside[None, :], other=0.0)
                 kk += BLOCK_K
             acc = _dot(x_block, a_block, acc, PRECISION)
             if CHUNKS > 1:
@@ -185,63 +185,87 @@ def sum_kernel(total, parts, size, SPLIT, BLOCK: tl.constexpr):
     """total = parts[0] + parts[1] + ..., in this order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.load(parts + at, mask=at < size)
-    for c in range(1, SPLIT):
-        acc += tl.load(parts + c.to(tl.int64) * size + at, mask=at < size)
+    for _ in range(1, SPLIT):
+        parts += size
+        acc += tl.load(parts + at, mask=at < size)
     tl.store(total + at, acc, mask=at < size)
+
+
+@triton.jit
+def _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT: tl.constexpr, WEIGHTED: tl.constexpr):
+    """s · w · Σ_c v[c] for a tile of pairs and a block of ranks."""
+    mask = live[:, None] & (r < rank)[None, :]
+    v = tl.load(v_at + r[None, :], mask=mask, other=0.0)
+    for c in tl.static_range(1, SPLIT):
+        v += tl.load(v_at + r[None, :] + c * size, mask=mask, other=0.0)
+    v *= factor
+    if WEIGHTED:
+        v *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
+    return v
 
 
 @triton.jit(do_not_specialize=("pairs", "scale"))
 def expand_kernel(
     y, v, B, plan, scaling, ranks, weights, pairs, L, R, scale, widths,
     y_m, y_n, b_l, b_n, b_r, scaling_s, scaling_l, ranks_s, ranks_l,
-    S: tl.constexpr, SPLIT: tl.constexpr,
+    S: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
     PLANNED: tl.constexpr, SCALED: tl.constexpr, RANKED: tl.constexpr, WEIGHTED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ONE_BLOCK_OF_RANKS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and a block of one slice's columns."""
+    """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and GROUP blocks of one slice's columns."""
     adapter, pair, live = _tile(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
     if adapter >= L:
         return
-    block = tl.program_id(1)
+    group = tl.program_id(1)
     s = 0
     column = 0  # of y, where the slice begins
     width = widths[0]
     for i in tl.static_range(1, S):
-        blocks = tl.cdiv(widths[i - 1], BLOCK_N)
-        if (s == i - 1) & (block >= blocks):
+        groups = tl.cdiv(widths[i - 1], BLOCK_N * GROUP)
+        if (s == i - 1) & (group >= groups):
             s = i
             column += widths[i - 1]
-            block -= blocks
+            group -= groups
             width = widths[i]
     rank = R
     if RANKED:
         rank = tl.minimum(tl.load(ranks + s * ranks_s + adapter * ranks_l), R)
     if rank <= 0:
         return
-    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = live[:, None] & (n < width)[None, :]
-    y_at = y + pair[:, None] * y_m + (column + n).to(tl.int64)[None, :] * y_n
-    before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
-    b_at = _select(B, s, S) + adapter.to(tl.int64) * _select(b_l, s, S) + n.to(tl.int64)[None, :] * b_n
-    v_at = v + (s.to(tl.int64) * pairs + pair)[:, None] * R
-    size = (pairs * R).to(tl.int64) * S
     factor = scale
     if SCALED:
         factor *= tl.load(scaling + s * scaling_s + adapter * scaling_l)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(0, rank, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        b_block = tl.load(b_at + r[:, None] * b_r, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
-        v_mask = live[:, None] & (r < rank)[None, :]
-        v_block = tl.load(v_at + r[None, :], mask=v_mask, other=0.0)
-        for c in tl.static_range(1, SPLIT):
-            v_block += tl.load(v_at + r[None, :] + c * size, mask=v_mask, other=0.0)
-        v_block *= factor
-        if WEIGHTED:
-            v_block *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
-        acc = _dot_fp32(v_block, b_block, acc, PRECISION)
-    tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
+    b_of = _select(B, s, S) + adapter.to(tl.int64) * _select(b_l, s, S)
+    v_at = v + (s.to(tl.int64) * pairs + pair)[:, None] * R
+    size = (pairs * R).to(tl.int64) * S
+    r = tl.arange(0, BLOCK_R)
+    early: tl.constexpr = GROUP == 1 and ONE_BLOCK_OF_RANKS  # y and B are under way before v is there
+    if OVERLAP and not early:
+        gdc_wait()
+    if ONE_BLOCK_OF_RANKS and not early:
+        v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+    for j in tl.range(0, GROUP, num_stages=STAGES):
+        n = (group * GROUP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = live[:, None] & (n < width)[None, :]
+        y_at = y + pair[:, None] * y_m + (column + n).to(tl.int64)[None, :] * y_n
+        b_at = b_of + n.to(tl.int64)[None, :] * b_n
+        before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if ONE_BLOCK_OF_RANKS:
+            b_block = tl.load(b_at + r[:, None] * b_r, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+            if early:
+                if OVERLAP:
+                    gdc_wait()
+                v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+            acc = _dot_fp32(v_block, b_block, acc, PRECISION)
+        else:
+            for first in range(0, rank, BLOCK_R):
+                rr = first + r
+                b_block = tl.load(b_at + rr[:, None] * b_r, mask=(rr < rank)[:, None] & (n < width)[None, :], other=0.0)
+                v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+                acc = _dot_fp32(v_part, b_block, acc, PRECISION)
+        tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("pairs", "scale", "u_pairs", "w_pairs"))
@@ -367,7 +391,7 @@ def lora_add_(
     with _on(x):
         plan = _planned(pairs, A[0].shape[0], ids, indptr, plan, x)
         parts = _shrink(x, A, plan, ranks, pairs, whole=False)
-        _expand_(y, parts, B, plan, scaling, ranks, weights, scale)
+        _expand_(y, parts, B, plan, scaling, ranks, weights, scale, overlap=True)
 
 
 def lora_outer(
@@ -392,7 +416,7 @@ def lora_outer(
         return out
     with _on(u):
         plan = _planned(pairs, num_adapters, ids, indptr, plan, u)
-        tiles = outer_tiles(U, W, u.dtype, w.dtype)
+        tiles = outer_tiles(U, W)
         grid = (num_adapters, triton.cdiv(U, tiles.block_u), triton.cdiv(W, tiles.block_w))
         outer_kernel[grid](
             out, left, right, _or(plan, out), _or(scaling, out), _or(_flat(weights), out),
@@ -411,7 +435,7 @@ def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool
     rows = _rows(x)
     L, R, K = A[0].shape
     S = len(A)
-    tiles = shrink_tiles(pairs, L, S, K, R, x.dtype, A[0].dtype, planned=plan is not None)
+    tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _shared_memory(x.device))
     make = torch.zeros if whole and plan is not None else torch.empty
     parts = make(tiles.split, S, pairs, R, dtype=torch.float32, device=x.device)
     if not parts.numel() or not L:
@@ -422,13 +446,16 @@ def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool
         *rows.stride(), tuple(a.stride(0) for a in A), *A[0].stride()[1:], *_strides(ranks),
         S=S, CHUNK=tiles.chunk, CHUNKS=tiles.chunks // tiles.split, EVEN_K=K == tiles.chunk * tiles.chunks,
         BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
-        PLANNED=plan is not None, RANKED=ranks is not None, PRECISION=_precision(),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        PLANNED=plan is not None, RANKED=ranks is not None, PRECISION="ieee" if K < 32 else _precision(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True, **_overlap(x.device, True),
     )  # fmt: skip
     return parts
 
 
-def _expand_(y: Tensor, parts: Tensor, B: Sequence[Tensor], plan, scaling, ranks, weights, scale: float) -> None:
+def _expand_(
+    y: Tensor, parts: Tensor, B: Sequence[Tensor], plan, scaling, ranks, weights, scale: float, overlap: bool = False
+) -> None:
+    """``overlap``: the kernel before is the shrink, which saw to it that all but v is there."""
     split, S, pairs, R = parts.shape
     if not y.numel() or not parts.numel() or not B[0].shape[0]:
         return
@@ -440,15 +467,18 @@ def _expand_(y: Tensor, parts: Tensor, B: Sequence[Tensor], plan, scaling, ranks
         return
     out = _rows(y)
     L, widths = B[0].shape[0], tuple(b.shape[1] for b in B)
-    tiles = expand_tiles(pairs, L, widths, R, y.dtype, B[0].dtype, planned=plan is not None)
-    grid = (_tiles(pairs, L, tiles.block_m, plan), sum(triton.cdiv(n, tiles.block_n) for n in widths))
+    tiles = expand_tiles(pairs, L, R, B[0].dtype)
+    columns = tiles.block_n * tiles.group
+    grid = (_tiles(pairs, L, tiles.block_m, plan), sum(triton.cdiv(n, columns) for n in widths))
     expand_kernel[grid](
         out, parts, B, _or(plan, parts), _or(scaling, parts), _or(ranks, parts), _or(_flat(weights), parts),
         pairs, L, R, scale, widths,
         *out.stride(), tuple(b.stride(0) for b in B), *B[0].stride()[1:], *_strides(scaling), *_strides(ranks),
-        S=S, SPLIT=split, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
+        S=S, SPLIT=split, GROUP=tiles.group, STAGES=tiles.num_stages,
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
         PLANNED=plan is not None, SCALED=scaling is not None, RANKED=ranks is not None, WEIGHTED=weights is not None,
-        PRECISION=_precision(), num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        ONE_BLOCK_OF_RANKS=tiles.block_r >= R, PRECISION=_precision(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True, **_overlap(y.device, overlap),
     )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -467,7 +497,7 @@ def _tiles(pairs: int, L: int, block_m: int, plan: Tensor | None) -> int:
     """The most tiles that ``pairs`` pairs of ``L`` adapters can make."""
     if plan is None:
         return triton.cdiv(pairs, block_m)
-    return pairs // block_m + min(L, pairs)
+    return pairs // block_m + L
 
 
 def _stacked(factors: Sequence[Tensor], rank_axis: int) -> tuple[Tensor, ...]:
@@ -514,6 +544,27 @@ def _block_l(L: int) -> int:
 def _precision() -> str:
     """How Triton multiplies fp32: three tf32 products on NVIDIA, exactly on AMD."""
     return "ieee" if torch.version.hip else "tf32x3"
+
+
+@functools.cache
+def _overlap(device: torch.device, wanted: bool) -> dict[str, bool]:
+    """Whether a kernel may start while the one before it ends, and waits inside: Hopper and later."""
+    able = (
+        wanted
+        and device.type == "cuda"
+        and not torch.version.hip
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a block may have."""
+    if device.type != "cuda":
+        return 99 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def _on(tensor: Tensor):

@@ -184,7 +184,8 @@ def test_an_id_out_of_range_is_no_adapter():
     x, A, B = (torch.randn(s, device="cuda") for s in ((4, 64), (2, 4, 64), (2, 32, 4)))
     y = torch.ones(4, 32, device="cuda")
     lk.bgmv(y, x, A, B, torch.tensor([0, 2, -5, 1 << 20], device="cuda"))
-    assert bool((y[1:] == 1).all()) and not bool((y[0] == 1).all())
+    assert bool((y[1:] == 1).all())
+    assert not bool((y[0] == 1).all())
     plan = lk.BatchPlan.from_ids(torch.tensor([0, 1, 2, 3], device="cuda"), 7)
     before = y.clone()
     lk.bgmv(y, x, A, B, plan)  # of other adapters
@@ -193,7 +194,11 @@ def test_an_id_out_of_range_is_no_adapter():
 
 def test_many_adapters():
     M, L = 3000, 2500
-    x, A, B = torch.randn(M, 64, device="cuda"), torch.randn(L, 4, 64, device="cuda"), torch.randn(L, 32, 4, device="cuda")
+    x, A, B = (
+        torch.randn(M, 64, device="cuda"),
+        torch.randn(L, 4, 64, device="cuda"),
+        torch.randn(L, 32, 4, device="cuda"),
+    )
     ids = torch.randint(-1, L, (M,), device="cuda")
     y = lk.bgmv(torch.zeros(M, 32, device="cuda"), x, A, B, ids)
     want = torch.einsum("mr,mnr->mn", torch.einsum("mk,mrk->mr", x.double(), A[ids].double()), B[ids].double())
@@ -206,7 +211,9 @@ def test_compiles_once(dtype):
     K, N, R = 64, 48, 8
     A, B = torch.randn(3, R, K, device="cuda", dtype=dtype), torch.randn(3, N, R, device="cuda", dtype=dtype)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, ids: lk.multi_lora(x, A, B, ids), fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, ids: lk.multi_lora(x, A, B, ids), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
     for M in (5, 9, 33):
         x, ids = torch.randn(M, K, device="cuda", dtype=dtype), torch.randint(-1, 3, (M,), device="cuda")
         assert bitwise_equal(compiled(x, ids), lk.multi_lora(x, A, B, ids))

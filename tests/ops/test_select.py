@@ -1,10 +1,12 @@
 """The choice of a backend, without the devices."""
 
 import dataclasses
+import itertools
 
 import pytest
+import torch
 
-from lora_kernels.select import BACKENDS, choose
+from lora_kernels.select import BACKENDS, choose, expand_tiles, outer_tiles, shrink_tiles
 
 EVERY = frozenset(BACKENDS)
 
@@ -53,3 +55,47 @@ def test_a_choice_is_a_value():
     assert choice == choose("cpu", EVERY)
     with pytest.raises(dataclasses.FrozenInstanceError):
         choice.backend = "cuda"
+
+
+def test_interpreted_triton_takes_cpu_tensors_when_forced():
+    assert choose("cpu", EVERY, "triton", interpreted=True).backend == "triton"
+    assert choose("cpu", EVERY, interpreted=True).backend == "cpu"
+    assert choose("cpu", EVERY, "triton").backend is None
+
+
+SIZES = (1, 16, 256, 257, 1000, 5000, 100_000)
+RANKS = (1, 16, 17, 64, 100, 512)
+DTYPES = tuple(itertools.product((torch.float32, torch.bfloat16), repeat=2))
+
+
+def powers_of_two(*numbers):
+    return all(n >= 16 and n & (n - 1) == 0 for n in numbers)
+
+
+@pytest.mark.parametrize("R", RANKS)
+@pytest.mark.parametrize("K", (1, 63, 512, 4096, 4097, 14336, 100_000))
+def test_the_chunks_of_a_sum_do_not_depend_on_the_batch(K, R):
+    for x, factors in DTYPES:
+        tiles = [shrink_tiles(pairs, L, K, R, x, factors) for pairs in SIZES for L in (1, 64)]
+        assert len({(t.chunk, t.chunks, t.block_k) for t in tiles}) == 1
+        for t in tiles:
+            assert powers_of_two(t.block_m, t.block_k, t.block_r)
+            assert t.chunk % t.block_k == 0
+            assert (t.chunks - 1) * t.chunk < K <= t.chunks * t.chunk
+            assert t.split in (1, t.chunks)
+
+
+def test_tiles_fit_in_shared_memory():
+    for pairs, R, (x, factors), shared in itertools.product(SIZES, RANKS, DTYPES, (48 * 1024, 99 * 1024, 227 * 1024)):
+        t = shrink_tiles(pairs, 1, 4096, R, x, factors, shared)
+        size = (t.block_m + t.block_r) * t.block_k * max(x.itemsize, factors.itemsize)
+        assert t.num_stages == 1 or t.num_stages * size <= shared
+
+
+def test_ranks_are_summed_alike_in_every_batch():
+    for R, factors in itertools.product(RANKS, (torch.float32, torch.float16)):
+        tiles = [expand_tiles(pairs, L, R, factors) for pairs in SIZES for L in (1, 64)]
+        assert len({t.block_r for t in tiles}) == 1
+        assert all(powers_of_two(t.block_m, t.block_n, t.block_r) for t in tiles)
+    outer = outer_tiles(3, 4096)
+    assert powers_of_two(outer.block_p, outer.block_u, outer.block_w)
