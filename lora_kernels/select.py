@@ -44,6 +44,16 @@ def choose(
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What of a GPU decides tiles: its compute capability (0, 0 where it is none of NVIDIA's) and the bytes of shared
+    memory a block may have.
+    """
+
+    capability: tuple[int, int] = (0, 0)
+    shared: int = 64 * 1024
+
+
+@dataclass(frozen=True)
 class ShrinkTiles:
     """How the Triton shrink cuts its work.
 
@@ -84,20 +94,16 @@ class OuterTiles:
     num_stages: int
 
 
-def shrink_tiles(
-    pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, shared: int = 99 * 1024
-) -> ShrinkTiles:
-    """For ``pairs`` rows over ``L`` adapters of ``[R, K]``; sizes are those that were fastest on an H100.
-
-    ``shared``: bytes of shared memory a block may have.
-    """
+def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu) -> ShrinkTiles:
+    """For ``pairs`` rows over ``L`` adapters of ``[R, K]``; sizes are those that were fastest on an H100."""
     half = x == factors != torch.float32
     block_k = 128 if half else 64
     block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
     chunk = 256 if K <= 4096 else 512
     chunks = max(-(-K // chunk), 1)
     tall = pairs > 256 and pairs >= 32 * L
-    block_m = (64 if half else 32) if tall else 16
+    # 64 rows only there: Triton 3.6 does not compile the loop for Blackwell's tensor cores.
+    block_m = (64 if half and gpu.capability[0] == 9 else 32) if tall else 16
     stage = (block_m + block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
         block_m=block_m,
@@ -107,7 +113,7 @@ def shrink_tiles(
         chunks=chunks,
         split=chunks if pairs * R <= 32768 else 1,
         num_warps=4,
-        num_stages=min(5 if half and tall else 3, max(shared // stage, 1)),
+        num_stages=min(5 if half and tall else 3, max(gpu.shared // stage, 1)),
     )
 
 

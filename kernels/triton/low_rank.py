@@ -21,7 +21,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from lora_kernels.reference import low_rank as reference
-from lora_kernels.select import expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import Gpu, expand_tiles, outer_tiles, shrink_tiles
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 HEADER = tl.constexpr(3)  # of a plan table, besides its L offsets: P, L and the last offset
@@ -435,7 +435,7 @@ def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool
     rows = _rows(x)
     L, R, K = A[0].shape
     S = len(A)
-    tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _shared_memory(x.device))
+    tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _gpu(x.device))
     make = torch.zeros if whole and plan is not None else torch.empty
     parts = make(tiles.split, S, pairs, R, dtype=torch.float32, device=x.device)
     if not parts.numel() or not L:
@@ -547,24 +547,19 @@ def _precision() -> str:
 
 
 @functools.cache
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Gpu((0, 0) if torch.version.hip else (properties.major, properties.minor), shared)
+
+
 def _overlap(device: torch.device, wanted: bool) -> dict[str, bool]:
     """Whether a kernel may start while the one before it ends, and waits inside: Hopper and later."""
-    able = (
-        wanted
-        and device.type == "cuda"
-        and not torch.version.hip
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
-    return {"OVERLAP": able, "launch_pdl": able} if able else {"OVERLAP": False}
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes a block may have."""
-    if device.type != "cuda":
-        return 99 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    if wanted and _gpu(device).capability >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
 
 
 def _on(tensor: Tensor):

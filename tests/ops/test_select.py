@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.select import BACKENDS, choose, expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import BACKENDS, Gpu, choose, expand_tiles, outer_tiles, shrink_tiles
 
 EVERY = frozenset(BACKENDS)
 
@@ -63,6 +63,7 @@ def test_interpreted_triton_takes_cpu_tensors_when_forced():
     assert choose("cpu", EVERY, "triton").backend is None
 
 
+GPUS = (Gpu(), Gpu((8, 6), 99 * 1024), Gpu((9, 0), 227 * 1024), Gpu((10, 0), 227 * 1024))
 SIZES = (1, 16, 256, 257, 1000, 5000, 100_000)
 RANKS = (1, 16, 17, 64, 100, 512)
 DTYPES = tuple(itertools.product((torch.float32, torch.bfloat16), repeat=2))
@@ -76,7 +77,7 @@ def powers_of_two(*numbers):
 @pytest.mark.parametrize("K", (1, 63, 512, 4096, 4097, 14336, 100_000))
 def test_the_chunks_of_a_sum_do_not_depend_on_the_batch(K, R):
     for x, factors in DTYPES:
-        tiles = [shrink_tiles(pairs, L, K, R, x, factors) for pairs in SIZES for L in (1, 64)]
+        tiles = [shrink_tiles(pairs, L, K, R, x, factors, gpu) for gpu in GPUS for pairs in SIZES for L in (1, 64)]
         assert len({(t.chunk, t.chunks, t.block_k) for t in tiles}) == 1
         for t in tiles:
             assert powers_of_two(t.block_m, t.block_k, t.block_r)
@@ -86,10 +87,10 @@ def test_the_chunks_of_a_sum_do_not_depend_on_the_batch(K, R):
 
 
 def test_tiles_fit_in_shared_memory():
-    for pairs, R, (x, factors), shared in itertools.product(SIZES, RANKS, DTYPES, (48 * 1024, 99 * 1024, 227 * 1024)):
-        t = shrink_tiles(pairs, 1, 4096, R, x, factors, shared)
+    for pairs, R, (x, factors), gpu in itertools.product(SIZES, RANKS, DTYPES, GPUS):
+        t = shrink_tiles(pairs, 1, 4096, R, x, factors, gpu)
         size = (t.block_m + t.block_r) * t.block_k * max(x.itemsize, factors.itemsize)
-        assert t.num_stages == 1 or t.num_stages * size <= shared
+        assert t.num_stages == 1 or t.num_stages * size <= gpu.shared
 
 
 def test_ranks_are_summed_alike_in_every_batch():
