@@ -20,8 +20,8 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 BF16, MASTERS = "bf16", "fp32 masters"
-BASE, PEFT, ADDMM = "base model", "PEFT", "addmm"
-PROVIDERS = (BASE, PEFT, ADDMM, OURS)
+BASE, PEFT, ADDMM, TOUCH = "base model", "PEFT", "addmm", "touch only"
+PROVIDERS = (BASE, PEFT, ADDMM, OURS, TOUCH)
 RANK = 16
 NAMES = [f"adapter{i}" for i in range(ROWS)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,6 +45,14 @@ def addmm_forward(linear, parts, x):
     for rows, A, B, s in parts:
         y2[rows].addmm_(x2[rows] @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
     return y
+
+
+def touch_forward(linear, storage, x):
+    """A lower bound, without arithmetic or checks: y rewritten in place, several adapters' factors read once."""
+    y = F.linear(x, linear.weight, linear.bias)
+    if storage is not None:
+        storage.sum()
+    return y.neg_()
 
 
 def factors(layer, tokens, mixed):
@@ -74,11 +82,12 @@ def models_with(adapters):
         for name in NAMES[1:]:
             peft_model.add_adapter(name, config, autocast_adapter_dtype=masters)
         peft_model.eval().requires_grad_(False)
-        base, by_hand, patched = twin(peft_model).unload(), twin(peft_model).unload(), twin(peft_model)
+        base, by_hand, touched = (twin(peft_model).unload() for _ in range(3))
+        patched = twin(peft_model)
     lk.patch(patched, strict=True)
     dtypes = {layer.lora_A[NAMES[0]].weight.dtype for layer in lora_layers(peft_model).values()}
     assert dtypes == {torch.float32 if masters else torch.bfloat16}
-    return SimpleNamespace(base=base, peft=peft_model, by_hand=by_hand, patched=patched)
+    return SimpleNamespace(base=base, peft=peft_model, by_hand=by_hand, touched=touched, patched=patched)
 
 
 @torch.no_grad()
@@ -114,10 +123,14 @@ def step_case(request, rounds):
     adapters, tokens, mixed = request.param
     models = models_with(adapters)
     step = stepper(models.base, tokens)
-    linears = dict(models.by_hand.named_modules())
+    linears, touched = dict(models.by_hand.named_modules()), dict(models.touched.named_modules())
     for name, layer in lora_layers(models.peft).items():
         linear = linears[name.removeprefix("base_model.model.")]
-        linear.forward = partial(addmm_forward, linear, factors(layer, tokens, mixed))
+        parts = factors(layer, tokens, mixed)
+        linear.forward = partial(addmm_forward, linear, parts)
+        storage = torch.cat([t.flatten() for _, *AB, _ in parts for t in AB]).view(torch.float32) if mixed else None
+        linear = touched[name.removeprefix("base_model.model.")]
+        linear.forward = partial(touch_forward, linear, storage)
     with contextlib.ExitStack() as stack:
         for model in (models.peft, models.patched):
             model.set_adapter(NAMES[0])
@@ -129,6 +142,7 @@ def step_case(request, rounds):
             PEFT: models.peft.get_base_model(),
             ADDMM: models.by_hand,
             OURS: models.patched.get_base_model(),
+            TOUCH: models.touched,
         }
         return compare(
             f"step, {ROWS} × {tokens}, {'mixed' if mixed else 'one adapter'}, {adapters}",
