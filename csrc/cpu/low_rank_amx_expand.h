@@ -191,12 +191,19 @@ LK_INLINE void expand_few(const Rows& y, int m, const float* v, int64_t v_stride
   }
 }
 
+// 32 columns of y and their sums, the even ones and then the odd ones, rounded once.
+LK_INLINE __m512i sum_of(vu before, const float* c) {
+  const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  vf even = (vf)(before << 16) + load(c);
+  vf odd = (vf)(before & 0xffff0000) + load(c + 16);
+  return _mm512_permutexvar_epi16(in_order, (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even));
+}
+
 // Tiles C (even columns) and C + 1 (odd ones) onto `count` rows by 32 columns of y, of which `live` exist. y is read
 // before the tiles are stored: a load behind a store to the same offset in a page would wait for it.
 template <int C, bool WHOLE>
 LK_INLINE void add_tiles_as(float* c, bf16* const* rows, int count, int64_t n, __mmask32 live) {
-  const __m512i in_order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   vu before[16];
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k)
@@ -207,10 +214,7 @@ LK_INLINE void add_tiles_as(float* c, bf16* const* rows, int count, int64_t n, _
 #pragma GCC unroll 16
   for (int k = 0; k < 16; ++k) {
     if (!WHOLE && k >= count) break;
-    vf even = (vf)(before[k] << 16) + load(c + k * 32);
-    vf odd = (vf)(before[k] & 0xffff0000) + load(c + k * 32 + 16);
-    __m512i after = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-    after = _mm512_permutexvar_epi16(in_order, after);
+    __m512i after = sum_of(before[k], c + k * 32);
     if (WHOLE)
       _mm512_storeu_si512(rows[k] + n, after);
     else
@@ -247,6 +251,104 @@ LK_INLINE void expand_many_tiles(const bf16* vt, int steps, bool fresh, const F&
   }
 }
 
+// One step of expand_whole. The three are independent and each would leave the others' units idle, so they are mixed by
+// hand: the tiles of the block before go to `stored`, they are filled for the block of B's tiles `b` (FILL), and the
+// sums `c` of the block before that go onto y at column n (ADD).
+template <int PARTS, bool FILL, bool ADD>
+LK_INLINE void expand_step(float* stored, const bf16* v, int64_t v_half, const bf16* b, const float* c,
+                           bf16* const* rows, int64_t n) {
+  auto add = [&](int k) LK_LAMBDA {
+    if (!ADD) return;
+#pragma GCC unroll 2
+    for (int i = k; i < k + 2; ++i) {
+      vu before = (vu)_mm512_loadu_si512(rows[i] + n);
+      _mm512_storeu_si512(rows[i] + n, sum_of(before, c + i * 32));
+    }
+  };
+  const bf16* odd = b + PARTS * TILE;
+  auto take = [&](auto tile) LK_LAMBDA {
+    constexpr int C = decltype(tile)::value;
+    tiles::store<C>(stored + C / 2 * 16 * 32 + C % 2 * 16, 128);
+    if (FILL) tiles::zero<C>();
+  };
+  take(number<0>{});
+  add(0);
+  if (FILL) tiles::load<6>(b, 64);
+  if (FILL) tiles::load<4>(v, 64);
+  add(2);
+  if (FILL) tiles::dot<0, 4, 6>();
+  take(number<1>{});
+  add(4);
+  if (FILL) tiles::load<7>(odd, 64);
+  if (FILL) tiles::dot<1, 4, 7>();
+  add(6);
+  take(number<2>{});
+  add(8);
+  if (FILL) tiles::load<5>(v + v_half, 64);
+  if (FILL) tiles::dot<2, 5, 6>();
+  add(10);
+  take(number<3>{});
+  add(12);
+  if (FILL) tiles::dot<3, 5, 7>();
+  add(14);
+  if (FILL) tiles::load<4>(v + TILE, 64);
+  if (FILL) tiles::dot<0, 4, 6>();
+  add(16);
+  if (FILL) tiles::dot<1, 4, 7>();
+  add(18);
+  if (FILL) tiles::load<5>(v + v_half + TILE, 64);
+  add(20);
+  if (FILL) tiles::dot<2, 5, 6>();
+  add(22);
+  if (FILL) tiles::dot<3, 5, 7>();
+  add(24);
+  if (FILL && PARTS > 1) {
+    tiles::load<6>(b + TILE, 64);
+    tiles::load<4>(v, 64);
+    tiles::dot<0, 4, 6>();
+  }
+  add(26);
+  if (FILL && PARTS > 1) {
+    tiles::load<7>(odd + TILE, 64);
+    tiles::dot<1, 4, 7>();
+  }
+  add(28);
+  if (FILL && PARTS > 1) {
+    tiles::load<5>(v + v_half, 64);
+    tiles::dot<2, 5, 6>();
+  }
+  add(30);
+  if (FILL && PARTS > 1) tiles::dot<3, 5, 7>();
+}
+
+// y += v Bᵀ for 32 rows, blocks of 32 columns and ranks up to 32: the sums of expand_many_tiles in the same order.
+// c holds two blocks, b the columns' tiles: even and odd ones of PARTS each.
+template <int PARTS>
+LK_INLINE void expand_whole(float* c, const bf16* v, int64_t v_half, const bf16* b, bf16* const* rows, int64_t n,
+                            int64_t blocks) {
+  constexpr int SUMS = 32 * 32;
+  constexpr int64_t B_BLOCK = 2 * PARTS * TILE;
+  // The first store is of nothing, and overwritten before it is read.
+  expand_step<PARTS, true, false>(c + SUMS, v, v_half, b, c, rows, n);
+  for (int64_t i = 1; i < blocks; ++i) {
+    float *now = c + (i - 1) % 2 * SUMS, *before = c + i % 2 * SUMS;
+    if (i == 1)
+      expand_step<PARTS, true, false>(now, v, v_half, b + B_BLOCK, before, rows, n);
+    else
+      expand_step<PARTS, true, true>(now, v, v_half, b + i * B_BLOCK, before, rows, n + (i - 2) * 32);
+  }
+  float *now = c + (blocks - 1) % 2 * SUMS, *before = c + blocks % 2 * SUMS;
+  if (blocks > 1)
+    expand_step<PARTS, false, true>(now, v, v_half, b, before, rows, n + (blocks - 2) * 32);
+  else
+    expand_step<PARTS, false, false>(now, v, v_half, b, before, rows, n);
+#pragma GCC unroll 4
+  for (int k = 0; k < 32; ++k) {
+    bf16* y = rows[k] + n + (blocks - 1) * 32;
+    _mm512_storeu_si512(y, sum_of((vu)_mm512_loadu_si512(y), now + k * 32));
+  }
+}
+
 // y += v Bᵀ for many rows: B interleaved once, then 32 rows by 32 columns at a time.
 template <class T>
 LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
@@ -256,8 +358,8 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
   int block = steps * PARTS * TILE;             // of B, for 16 columns
   int64_t v_half = steps * 2 * TILE;            // of v, for 16 rows
   bf16* vt = (bf16*)scratch;                    // [2][steps][2] tiles
-  float* c = (float*)(vt + 4 * kMaxRank * 16);  // [32][32]
-  bf16* bt = (bf16*)(c + BLOCK * BLOCK);        // [columns / 32][even, odd][steps][PARTS] tiles
+  float* c = (float*)(vt + 4 * kMaxRank * 16);  // [2][32][32]
+  bf16* bt = (bf16*)(c + 2 * BLOCK * BLOCK);    // [columns / 32][even, odd][steps][PARTS] tiles
   int64_t room = (int64_t)(kScratch - ((char*)bt - scratch)) / (block * 2) * 16 / BLOCK * BLOCK;
   tiles::Config config;
   for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
@@ -296,11 +398,17 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
         even = bt + (n - n0) / 16 * block;
         odd = even + block;
       };
+      int64_t first = n0;
+      if (steps == 1 && count == BLOCK && n1 - n0 >= BLOCK) {
+        expand_whole<PARTS>(c, vt, v_half, bt, rows, n0, (n1 - n0) / BLOCK);
+        first += (n1 - n0) / BLOCK * BLOCK;
+        if (first == n1) continue;
+      }
       // The tiles of one half are filled while those of the other are added to y.
       bool whole_b = steps == 1 && PARTS == 1;
-      move_to(n0);
+      move_to(first);
       upper(true);
-      for (int64_t n = n0; n < n1; n += BLOCK) {
+      for (int64_t n = first; n < n1; n += BLOCK) {
         int live = n1 - n < BLOCK ? int(n1 - n) : BLOCK;
         if (two) lower(!whole_b);
         add_tiles<0>(c, rows, two ? 16 : count, n, live);
