@@ -362,17 +362,24 @@ LK_INLINE void expand_many(const Rows& y, int m, const float* v, int64_t v_strid
   bf16* bt = (bf16*)(c + 2 * BLOCK * BLOCK);    // [columns / 32][even, odd][steps][PARTS] tiles
   int64_t room = (int64_t)(kScratch - ((char*)bt - scratch)) / (block * 2) * 16 / BLOCK * BLOCK;
   tiles::Config config;
-  for (int t = 0; t < 8; ++t) config.set(t, 16, 64);
+  int depth = B.rank <= 16 ? 16 : DEPTH;  // tiles 4 and 5 hold v, 6 and 7 B
+  for (int t = 0; t < 8; ++t) config.set(t, t < 6 ? 16 : depth / 2, t == 4 || t == 5 ? depth * 2 : 64);
   config.load();
   for (int64_t n0 = begin; n0 < end; n0 += room) {
     int64_t n1 = end - n0 < room ? end : n0 + room;
-    for (int64_t n = n0; n < n1; n += BLOCK)
+    for (int64_t n = n0; n < n1; n += BLOCK) {
+      const T* columns = (const T*)B.data + n * B.stride;
+      bf16* out = bt + (n - n0) / 16 * block;
+      int live = n1 - n < BLOCK ? int(n1 - n) : BLOCK;
+      if (B.rank <= 16) {
+        interleave_two_tiles<PARTS>(columns, B.stride, live, B.rank, out, out + block);
+        continue;
+      }
       for (int odd = 0; odd < 2; ++odd)
-        for (int s = 0; s < steps; ++s) {
-          int columns = n1 - n < BLOCK ? int(n1 - n - odd + 1) / 2 : 16;
-          interleave_tile<PARTS>((const T*)B.data + (n + odd) * B.stride + s * DEPTH, 2 * B.stride, columns,
-                                 B.rank - s * DEPTH, bt + ((n - n0) / 16 + odd) * block + s * PARTS * TILE);
-        }
+        for (int s = 0; s < steps; ++s)
+          interleave_tile<PARTS>(columns + odd * B.stride + s * DEPTH, 2 * B.stride, (live - odd + 1) / 2,
+                                 B.rank - s * DEPTH, out + odd * block + s * PARTS * TILE);
+    }
     for (int i = 0; i < m; i += BLOCK) {
       int count = m - i < BLOCK ? m - i : BLOCK;
       bool two = count > 16;

@@ -31,15 +31,35 @@ LK_INLINE __m512i high_halves() {
 
 // An fp32 value is cut, not rounded, so that three parts hold all its bits; a part of an infinity would be a NaN.
 template <int PARTS>
-LK_INLINE void load_parts(const float* p, int count, __m512i (&out)[PARTS]) {
-  vf low = count >= W ? load(p) : load_n(p, count < 0 ? 0 : count);
-  vf high = count >= DEPTH ? load(p + W) : count > W ? load_n(p + W, count - W) : vf{};
+LK_INLINE void cut(vf low, vf high, __m512i (&out)[PARTS]) {
 #pragma GCC unroll 3
   for (int i = 0; i < PARTS; ++i) {
     out[i] = _mm512_permutex2var_epi16((__m512i)low, high_halves(), (__m512i)high);
     low -= (vf)((vu)low & 0xffff0000);
     high -= (vf)((vu)high & 0xffff0000);
   }
+}
+template <int PARTS>
+LK_INLINE void load_parts(const float* p, int count, __m512i (&out)[PARTS]) {
+  vf low = count >= W ? load(p) : load_n(p, count < 0 ? 0 : count);
+  vf high = count >= DEPTH ? load(p + W) : count > W ? load_n(p + W, count - W) : vf{};
+  cut(low, high, out);
+}
+
+// 16 elements of each of two rows, zeros past `count`; no second row where `rows` is 1.
+template <int PARTS>
+LK_INLINE void load_two(const bf16* p, int64_t stride, int rows, int count, __m512i (&out)[PARTS]) {
+  if (count == 16 && stride == 16 && rows > 1) {
+    out[0] = _mm512_loadu_si512(p);
+    return;
+  }
+  __mmask16 mask = __mmask16((1u << count) - 1);
+  __m256i second = rows > 1 ? _mm256_maskz_loadu_epi16(mask, p + stride) : _mm256_setzero_si256();
+  out[0] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, p)), second, 1);
+}
+template <int PARTS>
+LK_INLINE void load_two(const float* p, int64_t stride, int rows, int count, __m512i (&out)[PARTS]) {
+  cut(load_n(p, count), rows > 1 ? load_n(p + stride, count) : vf{}, out);
 }
 
 // Rows [0, 16) x 32 of a factor, zeros past `rows` and `count`, to PARTS tiles TILE apart: as they lie ...
@@ -74,6 +94,26 @@ LK_INLINE void interleave_tile(const T* p, int64_t stride, int rows, int count, 
   for (int k = 0; k < PARTS; ++k) {
     interleave(v[k]);
     for (int i = 0; i < 16; ++i) _mm512_store_si512(out + k * TILE + i * DEPTH, (__m512i)v[k][i]);
+  }
+}
+
+// 32 rows x 16 of a factor interleaved, the even and the odd rows in tiles of their own of which half is used.
+template <int PARTS, class T>
+LK_INLINE void interleave_two_tiles(const T* p, int64_t stride, int rows, int count, bf16* even, bf16* odd) {
+  vi v[PARTS][16];
+  for (int i = 0; i < 16; ++i) {
+    __m512i part[PARTS] = {};
+    if (2 * i < rows) load_two(p + 2 * i * stride, stride, rows - 2 * i, count, part);
+#pragma GCC unroll 3
+    for (int k = 0; k < PARTS; ++k) v[k][i] = (vi)part[k];
+  }
+#pragma GCC unroll 3
+  for (int k = 0; k < PARTS; ++k) {
+    interleave(v[k]);
+    for (int i = 0; i < 8; ++i) {
+      _mm512_store_si512(even + k * TILE + i * DEPTH, (__m512i)v[k][i]);
+      _mm512_store_si512(odd + k * TILE + i * DEPTH, (__m512i)v[k][i + 8]);
+    }
   }
 }
 
