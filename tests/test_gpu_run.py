@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -33,4 +35,11 @@ def test_a_failed_stage_is_told_and_not_taken_as_done(tmp_path):
     assert done.returncode == 1
     assert "bench: FAILED" in done.stdout
     assert "IsADirectoryError" in done.stdout
-    assert not (tmp_path / "done").exists()
+    assert not (tmp_path / "done--dry-run").exists()
+
+
+def test_what_cannot_run_is_no_success(tmp_path):
+    for arguments in (("--only", "bnech"), ("--dry-run", "--only", "memcheck"), ("--bench",)):
+        assert gpu_run(tmp_path, *arguments).returncode != 0
+    if not torch.cuda.is_available():
+        assert "sees no GPU" in gpu_run(tmp_path).stderr

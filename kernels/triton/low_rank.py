@@ -155,6 +155,8 @@ def shrink_kernel(
     x_at = x + (pair // k)[:, None] * x_m + kk.to(tl.int64)[None, :] * x_k
     a_at = _select(A, s, S) + adapter.to(tl.int64) * _select(a_l, s, S)
     a_at += r.to(tl.int64)[None, :] * a_r + kk.to(tl.int64)[:, None] * a_k
+    x_step = tl.full([], BLOCK_K, tl.int64) * x_k
+    a_step = tl.full([], BLOCK_K, tl.int64) * a_k
     total = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if tl.program_id(2) % rank_blocks * BLOCK_R < rank:
@@ -172,8 +174,8 @@ def shrink_kernel(
                 last = (i + 1) % (CHUNK // BLOCK_K) == 0
                 total += tl.where(last, acc, 0.0)
                 acc = tl.where(last, 0.0, acc)
-            x_at += BLOCK_K * x_k
-            a_at += BLOCK_K * a_k
+            x_at += x_step
+            a_at += a_step
     if CHUNKS == 1:
         total = acc
     at = v + ((tl.program_id(1) * S + s).to(tl.int64) * pairs + pair)[:, None] * R + r[None, :]
@@ -216,6 +218,8 @@ def expand_kernel(
     """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and GROUP blocks of one slice's columns."""
     adapter, pair, live = _tile(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
     if adapter >= L:
+        if OVERLAP:
+            gdc_wait()  # or nobody waits for the shrink where all programs leave
         return
     group = tl.program_id(1)
     s = 0
@@ -232,13 +236,15 @@ def expand_kernel(
     if RANKED:
         rank = tl.minimum(tl.load(ranks + s * ranks_s + adapter * ranks_l), R)
     if rank <= 0:
+        if OVERLAP:
+            gdc_wait()
         return
     factor = scale
     if SCALED:
         factor *= tl.load(scaling + s * scaling_s + adapter * scaling_l)
     b_of = _select(B, s, S) + adapter.to(tl.int64) * _select(b_l, s, S)
     v_at = v + (s.to(tl.int64) * pairs + pair)[:, None] * R
-    size = (pairs * R).to(tl.int64) * S
+    size = pairs.to(tl.int64) * R * S
     r = tl.arange(0, BLOCK_R)
     early: tl.constexpr = GROUP == 1 and ONE_BLOCK_OF_RANKS  # y and B are under way before v is there
     if OVERLAP and not early:
@@ -253,7 +259,9 @@ def expand_kernel(
         before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ONE_BLOCK_OF_RANKS:
-            b_block = tl.load(b_at + r[:, None] * b_r, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0)
+            b_block = tl.load(
+                b_at + r.to(tl.int64)[:, None] * b_r, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0
+            )
             if early:
                 if OVERLAP:
                     gdc_wait()
@@ -262,7 +270,9 @@ def expand_kernel(
         else:
             for first in range(0, rank, BLOCK_R):
                 rr = first + r
-                b_block = tl.load(b_at + rr[:, None] * b_r, mask=(rr < rank)[:, None] & (n < width)[None, :], other=0.0)
+                b_block = tl.load(
+                    b_at + rr.to(tl.int64)[:, None] * b_r, mask=(rr < rank)[:, None] & (n < width)[None, :], other=0.0
+                )
                 v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
                 acc = _dot_fp32(v_part, b_block, acc, PRECISION)
         tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
@@ -308,7 +318,7 @@ def outer_kernel(
 
 def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: int) -> None:
     """Write the plan of ``ids`` into ``table`` in one kernel."""
-    ids = ids.reshape(-1)
+    ids = ids.reshape(-1).contiguous()
     segmented = indptr is not None
     segments = ids.numel()
     pairs = table.numel() - num_adapters - 3 if segmented else segments
@@ -466,6 +476,7 @@ def _expand_(
         y.copy_((y.reshape(M, -1).float() + delta.view(M, -1, y.shape[-1]).sum(1)).reshape(y.shape))
         return
     out = _rows(y)
+    overlap = overlap and out.data_ptr() == y.data_ptr()  # else the kernel before is y's copy
     L, widths = B[0].shape[0], tuple(b.shape[1] for b in B)
     tiles = expand_tiles(pairs, L, R, B[0].dtype)
     columns = tiles.block_n * tiles.group
@@ -504,7 +515,8 @@ def _stacked(factors: Sequence[Tensor], rank_axis: int) -> tuple[Tensor, ...]:
     """The factors as S stacks whose matrices have the same strides in every slice; a list is padded into one stack."""
     if factors[0].dim() == 3:
         if len({f.stride()[1:] for f in factors}) > 1:
-            factors = [f.contiguous() for f in factors]
+            # A clone: contiguous() leaves strides of a size of one as they are.
+            factors = [f.clone(memory_format=torch.contiguous_format) for f in factors]
         return tuple(factors)
     if len(factors) == 1:
         return (factors[0][None],)
@@ -522,7 +534,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:
-    return None if weights is None else weights.reshape(-1)
+    return None if weights is None else weights.reshape(-1).float().contiguous()
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -113,6 +113,8 @@ def routing(rows: int, L: int, adapter_ids: Any, indptr: Any, plan: Tensor | Non
     k = 1
     if plan is not None:
         same_device("plan", plan, x)
+        if plan.numel() < L + 3:
+            raise ValueError(f"the plan is of at most {plan.numel() - 3} adapters, A and B hold {L}")
         if readable(plan):
             pairs, of = plan[:2].tolist()
             if of != L:
