@@ -6,6 +6,7 @@ import contextlib
 import functools
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from lora_kernels.demo.model import quiet
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from lora_kernels.integrations import _peft_layer  # noqa: E402  (it needs PEFT)
+
 BF16, MASTERS = "bf16", "fp32 masters"
-BASE, PEFT, ADDMM, TOUCH = "base model", "PEFT", "addmm", "touch only"
-PROVIDERS = (BASE, PEFT, ADDMM, OURS, TOUCH)
+BASE, PEFT, ADDMM, TOUCH, CHECKS = "base model", "PEFT", "addmm", "touch only", "checks only"
+PROVIDERS = (BASE, PEFT, ADDMM, OURS, TOUCH, CHECKS)
 RANK = 16
 NAMES = [f"adapter{i}" for i in range(ROWS)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -53,6 +56,16 @@ def touch_forward(linear, storage, x):
     if storage is not None:
         storage.sum()
     return y.neg_()
+
+
+def checks_step(step, model):
+    """The patched model without its kernel: what it takes to find that a layer may run fast, and with what."""
+
+    def done(*args):  # a mock would take longer than the checks
+        return True
+
+    with mock.patch.object(_peft_layer, "_native", done):
+        return step(model)
 
 
 def factors(layer, tokens, mixed):
@@ -144,9 +157,11 @@ def step_case(request, rounds):
             OURS: models.patched.get_base_model(),
             TOUCH: models.touched,
         }
+        steps = {name: partial(step, model) for name, model in timed.items()}
+        steps[CHECKS] = partial(checks_step, step, timed[OURS])
         return compare(
             f"step, {ROWS} × {tokens}, {'mixed' if mixed else 'one adapter'}, {adapters}",
-            {name: partial(step, model) for name, model in timed.items()},
+            steps,
             rounds(31, 61, 12),
             rows=ROWS,
             tokens=tokens,
