@@ -198,7 +198,7 @@ def machine() -> dict[str, str]:
         "device": device,
         "gpu": gpu,
         "torch": torch.__version__,
-        "triton": version("triton") if has_triton() else "",
+        "triton": version("triton") if has_triton("low_rank") else "",
     }
 
 

@@ -109,9 +109,11 @@ def forced_backend() -> str | None:
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(family: str) -> bool:
+    """Whether Triton is installed and the family has kernels for it; neither is imported."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return importlib.util.find_spec(f"{NAMESPACE}.kernels.triton.{family}") is not None
 
 
 @functools.cache
@@ -138,7 +140,10 @@ class Op:
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
         self.native: Callable[..., bool] | None = getattr(_extension, self.name, None)
-        if has_triton():
+        family = reference.__module__.rpartition(".")[2]
+        #: Where the Triton kernel of the op is, a function of its name and arguments; None where there is none.
+        self.triton_module = f"{NAMESPACE}.kernels.triton.{family}" if has_triton(family) else None
+        if self.triton_module:
             _library.impl(self.name, self.triton, "CUDA")
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
@@ -147,12 +152,12 @@ class Op:
     def backends(self) -> frozenset[str]:
         """The backends that have a kernel for this op here."""
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
-        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * has_triton())
+        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * bool(self.triton_module))
 
     def triton(self, *args: Any) -> Any:
-        """The Triton kernel of the same name and arguments, in the module of the family's name."""
-        family = self.reference.__module__.rpartition(".")[2]
-        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{family}"), self.name)(*args)
+        """Run the op's Triton kernel."""
+        assert self.triton_module is not None
+        return getattr(importlib.import_module(self.triton_module), self.name)(*args)
 
     def __call__(self, *args: Any) -> Any:
         if is_compiling():
