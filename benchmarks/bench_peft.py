@@ -138,12 +138,11 @@ def step_case(request, rounds):
     step = stepper(models.base, tokens)
     linears, touched = dict(models.by_hand.named_modules()), dict(models.touched.named_modules())
     for name, layer in lora_layers(models.peft).items():
-        linear = linears[name.removeprefix("base_model.model.")]
+        inner = name.removeprefix("base_model.model.")
         parts = factors(layer, tokens, mixed)
-        linear.forward = partial(addmm_forward, linear, parts)
+        linears[inner].forward = partial(addmm_forward, linears[inner], parts)
         storage = torch.cat([t.flatten() for _, *AB, _ in parts for t in AB]).view(torch.float32) if mixed else None
-        linear = touched[name.removeprefix("base_model.model.")]
-        linear.forward = partial(touch_forward, linear, storage)
+        touched[inner].forward = partial(touch_forward, touched[inner], storage)
     with contextlib.ExitStack() as stack:
         for model in (models.peft, models.patched):
             model.set_adapter(NAMES[0])

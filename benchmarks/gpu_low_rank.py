@@ -47,7 +47,6 @@ class Case:
         self.ranks = torch.tensor(self.live, dtype=torch.int32, device=device) if rank == "mixed" else None
         self.plan = lk.BatchPlan.from_ids(self.ids, adapters)
         self.offsets = torch.tensor([stop + 1 for _, stop in self.bounds], dtype=torch.int32, device=device)
-        self.widths, self.K = widths, K
         self.x, self.y = make(rows, K), [make(rows, sum(widths)) for _ in range(layers)]
         self.W = [make(sum(widths), K) for _ in range(min(layers, max(2, 2**27 // (2 * K * sum(widths)))))]
         self.A = [tuple(make(adapters, R, K) / K**0.5 for _ in widths) for _ in range(layers)]

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -5,6 +8,7 @@ import lora_kernels as lk
 from lora_kernels.ops import _dispatch
 from lora_kernels.testing import poison, threads
 
+sys.path.insert(0, str(Path(__file__).parent))  # for what several folders share
 ISAS = ("portable", "avx2", "avx512", "amx")
 
 

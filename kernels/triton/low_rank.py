@@ -419,7 +419,7 @@ def lora_outer(
     """G_l = s_l Σ w_p u_pᵀ w_p over the pairs p of adapter l: fp32 ``[L, U, W]``, zero for an unused adapter."""
     if torch.float64 in (u.dtype, w.dtype):
         return reference.lora_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, pairs)
-    left, right = _rows(u), _rows(w)
+    left, right = reference.rows_of(u), reference.rows_of(w)
     U, W = left.shape[1], right.shape[1]
     out = torch.empty(num_adapters, U, W, dtype=torch.float32, device=u.device)
     if not out.numel():
@@ -430,8 +430,8 @@ def lora_outer(
         grid = (num_adapters, triton.cdiv(U, tiles.block_u), triton.cdiv(W, tiles.block_w))
         outer_kernel[grid](
             out, left, right, _or(plan, out), _or(scaling, out), _or(_flat(weights), out),
-            pairs, max(pairs // max(left.shape[0], 1), 1), max(pairs // max(right.shape[0], 1), 1),
-            num_adapters, U, W, scale,
+            pairs, reference.pairs_per_row(pairs, left.shape[0]),
+            reference.pairs_per_row(pairs, right.shape[0]), num_adapters, U, W, scale,
             *left.stride(), *right.stride(), 0 if scaling is None else scaling.stride(0),
             BLOCK_P=tiles.block_p, BLOCK_U=tiles.block_u, BLOCK_W=tiles.block_w,
             PLANNED=plan is not None, SCALED=scaling is not None, WEIGHTED=weights is not None,
@@ -442,17 +442,17 @@ def lora_outer(
 
 def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool) -> Tensor:
     """The parts of v, ``[C, S, P, R]``, to be added in order; ``whole`` = also zero for pairs without an adapter."""
-    rows = _rows(x)
+    rows = reference.rows_of(x)
     L, R, K = A[0].shape
-    S = len(A)
+    S, k = len(A), reference.pairs_per_row(pairs, rows.shape[0])
     tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _gpu(x.device))
-    make = torch.zeros if whole and plan is not None else torch.empty
+    make = torch.zeros if not L or (whole and plan is not None) else torch.empty
     parts = make(tiles.split, S, pairs, R, dtype=torch.float32, device=x.device)
     if not parts.numel() or not L:
-        return parts.zero_() if not L else parts
+        return parts
     grid = (_tiles(pairs, L, tiles.block_m, plan), tiles.split, S * triton.cdiv(R, tiles.block_r))
     shrink_kernel[grid](
-        parts, rows, A, _or(plan, parts), _or(ranks, parts), pairs, max(pairs // max(rows.shape[0], 1), 1), L, K, R,
+        parts, rows, A, _or(plan, parts), _or(ranks, parts), pairs, k, L, K, R,
         *rows.stride(), tuple(a.stride(0) for a in A), *A[0].stride()[1:], *_strides(ranks),
         S=S, CHUNK=tiles.chunk, CHUNKS=tiles.chunks // tiles.split, EVEN_K=K == tiles.chunk * tiles.chunks,
         BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
@@ -475,7 +475,7 @@ def _expand_(
         _expand_(delta, parts, B, plan, scaling, ranks, weights.reshape(pairs, 1), scale)
         y.copy_((y.reshape(M, -1).float() + delta.view(M, -1, y.shape[-1]).sum(1)).reshape(y.shape))
         return
-    out = _rows(y)
+    out = reference.rows_of(y)
     overlap = overlap and out.data_ptr() == y.data_ptr()  # else the kernel before is y's copy
     L, widths = B[0].shape[0], tuple(b.shape[1] for b in B)
     tiles = expand_tiles(pairs, L, R, B[0].dtype)
@@ -527,10 +527,6 @@ def _stacked(factors: Sequence[Tensor], rank_axis: int) -> tuple[Tensor, ...]:
     for l, f in enumerate(factors):
         stack[l].narrow(rank_axis, 0, f.shape[rank_axis]).copy_(f)
     return (stack,)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _flat(weights: Tensor | None) -> Tensor | None:

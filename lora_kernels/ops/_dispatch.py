@@ -140,10 +140,8 @@ class Op:
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
         self.native: Callable[..., bool] | None = getattr(_extension, self.name, None)
-        family = reference.__module__.rpartition(".")[2]
-        #: Where the Triton kernel of the op is, a function of its name and arguments; None where there is none.
-        self.triton_module = f"{NAMESPACE}.kernels.triton.{family}" if has_triton(family) else None
-        if self.triton_module:
+        self.family = reference.__module__.rpartition(".")[2]
+        if has_triton(self.family):
             _library.impl(self.name, self.triton, "CUDA")
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
@@ -152,12 +150,11 @@ class Op:
     def backends(self) -> frozenset[str]:
         """The backends that have a kernel for this op here."""
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
-        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * bool(self.triton_module))
+        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * has_triton(self.family))
 
     def triton(self, *args: Any) -> Any:
-        """Run the op's Triton kernel."""
-        assert self.triton_module is not None
-        return getattr(importlib.import_module(self.triton_module), self.name)(*args)
+        """Run the op's Triton kernel: the function of its name and arguments in the module of its family."""
+        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{self.family}"), self.name)(*args)
 
     def __call__(self, *args: Any) -> Any:
         if is_compiling():

@@ -93,6 +93,11 @@ def pairs_by_adapter(
             yield adapter, order[start:stop].long()
 
 
+def pairs_per_row(pairs: int, rows: int) -> int:
+    """k: how many of the pairs each row has, 1 where there is no row."""
+    return max(pairs // max(rows, 1), 1)
+
+
 def live_rank(ranks: Tensor | None, slice_: int, adapter: int, width: int) -> int:
     """The rank to use of a factor ``width`` wide: all of it, or what ``ranks`` ([L] or [S, L]) says."""
     if ranks is None:
@@ -111,7 +116,8 @@ def _factor(factors: Sequence[Tensor], slice_: int, adapter: int) -> Tensor:
     return factors[slice_][adapter] if factors[0].dim() == 3 else factors[adapter]
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """x with all leading axes as one, [M, ...]; a view where the strides allow it."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
@@ -125,10 +131,10 @@ def lora_shrink(
     pairs: int,
 ) -> Tensor:
     """v = x Aᵀ, one row a pair: fp32 ``[S, P, R]``, zero past the live rank and where there is no adapter."""
-    rows = _rows(x)
+    rows = rows_of(x)
     dtype = accumulate_dtype(x.dtype)
     v = torch.zeros(num_slices(A), pairs, padded_rank(A), dtype=dtype, device=x.device)
-    k = max(pairs // max(rows.shape[0], 1), 1)
+    k = pairs_per_row(pairs, rows.shape[0])
     for adapter, pair in pairs_by_adapter(rows.shape[0], num_adapters(A), ids, indptr, plan, x.device):
         block = rows[pair // k].to(dtype)
         for s in range(v.shape[0]):
@@ -151,8 +157,8 @@ def lora_expand_(
     scale: float,
 ) -> None:
     """y += s · w · v Bᵀ, each slice into its own columns, the pairs of a row summed and rounded into y once."""
-    out = _rows(y).to(v.dtype, copy=True)
-    k = max(v.shape[1] // max(out.shape[0], 1), 1)
+    out = rows_of(y).to(v.dtype, copy=True)
+    k = pairs_per_row(v.shape[1], out.shape[0])
     for adapter, pair in pairs_by_adapter(out.shape[0], num_adapters(B), ids, indptr, plan, y.device):
         start = 0
         for s in range(v.shape[0]):
@@ -203,13 +209,13 @@ def lora_outer(
 
     ``u [P or M, U]`` and ``w [P or M, W]``; a tensor with M rows is read at a pair's row. ``scaling`` is ``[L]``.
     """
-    left, right = _rows(u), _rows(w)
+    left, right = rows_of(u), rows_of(w)
     dtype = accumulate_dtype(torch.promote_types(u.dtype, w.dtype))
     out = torch.zeros(num_adapters, left.shape[1], right.shape[1], dtype=dtype, device=u.device)
     rows = min(left.shape[0], right.shape[0])
     for adapter, pair in pairs_by_adapter(rows, num_adapters, ids, indptr, plan, u.device):
-        a = left[pair // max(pairs // max(left.shape[0], 1), 1)].to(dtype)
-        b = right[pair // max(pairs // max(right.shape[0], 1), 1)].to(dtype)
+        a = left[pair // pairs_per_row(pairs, left.shape[0])].to(dtype)
+        b = right[pair // pairs_per_row(pairs, right.shape[0])].to(dtype)
         if weights is not None:
             a = a * weights.reshape(-1)[pair].to(dtype)[:, None]
         out[adapter] = (a.T @ b) * scale_of(scaling, scale, 0, adapter)

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+import strides
 import torch
 
 import lora_kernels as lk
@@ -219,34 +220,6 @@ def test_compiles_once(dtype):
         assert bitwise_equal(compiled(x, ids), lk.multi_lora(x, A, B, ids))
 
 
-def strided(t):
-    """The same values, every other element of something larger."""
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 1)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def test_ids_and_weights_of_any_strides():
-    torch.manual_seed(0)
-    x, y, A, B = (torch.randn(s, device="cuda") for s in ((12, 40), (12, 24), (3, 4, 40), (3, 24, 4)))
-    ids, pairs = (torch.randint(-1, 3, s, device="cuda") for s in ((12,), (12, 2)))
-    weights = torch.rand(12, 2, device="cuda")
-    want = lk.bgmv(y.clone(), x, A, B, ids)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, strided(ids)), want)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, torch.stack([ids, ids], 1)[:, 0]), want)
-    same = lk.bgmv(y.clone(), x, A, B, torch.full_like(ids, 2))
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, torch.full_like(ids[:1], 2).expand(12)), same)
-    want = lk.bgmv(y.clone(), x, A, B, pairs, weights=weights)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, strided(pairs), weights=strided(weights)), want)
-    column = lk.bgmv(y.clone(), x, A, B, pairs[:, :1], weights=weights[:, :1])
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, pairs[:, :1].clone(), weights=weights[:, :1].clone()), column)
-
-
-def test_slices_of_different_strides():
-    torch.manual_seed(0)
-    x, y, A = torch.randn(6, 40, device="cuda"), torch.randn(6, 17, device="cuda"), torch.randn(2, 4, 40, device="cuda")
-    B = torch.randn(2, 1, 4, device="cuda"), torch.randn(2, 16, 4, device="cuda")
-    ids = torch.arange(6, device="cuda") % 2
-    want = lk.bgmv(y.clone(), x, (A, A), B, ids)
-    odd = B[0].clone().as_strided((2, 1, 4), (4, 1, 1))
-    assert bitwise_equal(lk.bgmv(y.clone(), x, (A, A), (odd, B[1]), ids), want)
+@pytest.mark.parametrize("check", strides.CHECKS)
+def test_any_strides(check):
+    check("cuda")

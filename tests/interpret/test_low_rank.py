@@ -1,6 +1,7 @@
 """The ``low_rank`` kernels in the checking interpreter, against the float64 oracle."""
 
 import pytest
+import strides
 import torch
 
 import lora_kernels as lk
@@ -98,34 +99,6 @@ def test_gradients(name):
         assert_within_rule(g, w, p, noise=2**-20 * rms(w), what=f"d{what}")
 
 
-def strided(t):
-    """The same values, every other element of something larger."""
-    wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), 1)
-    wide[..., ::2] = t
-    return wide[..., ::2]
-
-
-def test_ids_and_weights_of_any_strides():
-    torch.manual_seed(0)
-    x, y, A, B = (torch.randn(s) for s in ((12, 40), (12, 24), (3, 4, 40), (3, 24, 4)))
-    ids, pairs = (torch.randint(-1, 3, s) for s in ((12,), (12, 2)))
-    weights = torch.rand(12, 2)
-    want = lk.bgmv(y.clone(), x, A, B, ids)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, strided(ids)), want)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, torch.stack([ids, ids], 1)[:, 0]), want)
-    same = lk.bgmv(y.clone(), x, A, B, torch.full_like(ids, 2))
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, torch.full_like(ids[:1], 2).expand(12)), same)
-    want = lk.bgmv(y.clone(), x, A, B, pairs, weights=weights)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, strided(pairs), weights=strided(weights)), want)
-    column = lk.bgmv(y.clone(), x, A, B, pairs[:, :1], weights=weights[:, :1])
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, pairs[:, :1].clone(), weights=weights[:, :1].clone()), column)
-
-
-def test_slices_of_different_strides():
-    torch.manual_seed(0)
-    x, y, A = torch.randn(6, 40), torch.randn(6, 17), torch.randn(2, 4, 40)
-    B = torch.randn(2, 1, 4), torch.randn(2, 16, 4)
-    ids = torch.arange(6) % 2
-    want = lk.bgmv(y.clone(), x, (A, A), B, ids)
-    odd = B[0].clone().as_strided((2, 1, 4), (4, 1, 1))
-    assert bitwise_equal(lk.bgmv(y.clone(), x, (A, A), (odd, B[1]), ids), want)
+@pytest.mark.parametrize("check", strides.CHECKS)
+def test_any_strides(check):
+    check("cpu")
