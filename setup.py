@@ -48,7 +48,7 @@ def extension(home):
     # CppExtension for .cu sources too: the stable ABI needs none of torch's CUDA libraries.
     return cpp_extension.CppExtension(
         "lora_kernels._C",
-        [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if home else [])],
+        [*glob("csrc/python/*.cpp"), *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.cu") if home else [])],
         include_dirs=[str(ROOT / "csrc/include"), str(ROOT / "csrc"), *([f"{home}/include"] if home else [])],
         library_dirs=[f"{home}/lib64"] if home else [],
         libraries=["cudart_static", "rt", "dl", "pthread"] if home else [],

@@ -6,7 +6,6 @@ import contextlib
 import functools
 from functools import partial
 from types import SimpleNamespace
-from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +19,8 @@ from lora_kernels.demo.model import quiet
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from lora_kernels.integrations import _peft_layer  # noqa: E402  (it needs PEFT)
+from lora_kernels.integrations._peft_batch import NAMES as NAMES_KEY  # noqa: E402  (it needs PEFT)
+from lora_kernels.integrations._peft_batch import Names  # noqa: E402
 
 BF16, MASTERS = "bf16", "fp32 masters"
 BASE, PEFT, ADDMM, TOUCH, CHECKS = "base model", "PEFT", "addmm", "touch only", "checks only"
@@ -51,21 +51,35 @@ def addmm_forward(linear, parts, x):
 
 
 def touch_forward(linear, storage, x):
-    """A lower bound, without arithmetic or checks: y rewritten in place, several adapters' factors read once."""
+    """A lower bound, without arithmetic or checks: y rewritten in place, many rows of x and a mixed batch's factors read
+    once.
+    """
     y = F.linear(x, linear.weight, linear.bias)
     if storage is not None:
         storage.sum()
+    if x.shape[1] > 1:
+        x.view(torch.float32).sum()
     return y.neg_()
 
 
-def checks_step(step, model):
-    """The patched model without its kernel: what it takes to find that a layer may run fast, and with what."""
-
-    def done(*args):  # a mock would take longer than the checks
-        return True
-
-    with mock.patch.object(_peft_layer, "_native", done):
+def checks_step(step, model, tokens, mixed):
+    """The patched model finds its layers' states and a routing by which no row has an adapter: what the checks take."""
+    adapters = NAMES if mixed else NAMES[:1]
+    names = Names(NAMES if mixed else ROWS * NAMES[:1])
+    ids = torch.full((ROWS * tokens,), -1, dtype=torch.int32)
+    names._routings[len(ids)] = (tuple(adapters), lk.BatchPlan.from_ids(ids, len(adapters)).table)
+    layers = [layer.__dict__ for layer in lora_layers(model).values()]
+    before = layers[0].get(NAMES_KEY)
+    for d in layers:
+        d[NAMES_KEY] = names
+    try:
         return step(model)
+    finally:
+        for d in layers:
+            if before is None:
+                del d[NAMES_KEY]
+            else:
+                d[NAMES_KEY] = before
 
 
 def factors(layer, tokens, mixed):
@@ -157,7 +171,7 @@ def step_case(request, rounds):
             TOUCH: models.touched,
         }
         steps = {name: partial(step, model) for name, model in timed.items()}
-        steps[CHECKS] = partial(checks_step, step, timed[OURS])
+        steps[CHECKS] = partial(checks_step, step, timed[OURS], tokens, mixed)
         return compare(
             f"step, {ROWS} × {tokens}, {'mixed' if mixed else 'one adapter'}, {adapters}",
             steps,

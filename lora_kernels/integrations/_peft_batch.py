@@ -49,21 +49,14 @@ def _routing(names: tuple[str, ...], rows: int, device: torch.device) -> Routing
     if not adapters or (len(adapters) == 1 and BASE not in names):
         return adapters, None
     slot = {name: i for i, name in enumerate(adapters)}
-    with _plain_tensors():
+    with plain_tensors():
         ids = torch.tensor([slot.get(name, -1) for name in names], dtype=torch.int32)
         ids = ids.repeat_interleave(rows // len(names)).to(device)
         return adapters, BatchPlan.from_ids(ids, len(adapters)).table
 
 
-@functools.lru_cache(maxsize=64)
-def scaling_tensor(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    """fp32 [L], made once."""
-    with _plain_tensors():
-        return torch.tensor(scales, dtype=torch.float32, device=device)
-
-
 @contextlib.contextmanager
-def _plain_tensors() -> Iterator[None]:
+def plain_tensors() -> Iterator[None]:
     """Tensors that outlive the call they are made in: autograd may save them, no mode has a hand in them."""
     with torch.inference_mode(False), _disable_current_modes():
         yield

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 from torch.nn.modules import module as _globals
@@ -25,8 +25,8 @@ from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
-from ._peft_batch import NAMES, Names, scaling_tensor
-from ._peft_state import forget, look, recall
+from ._peft_batch import NAMES, Names
+from ._peft_state import forget, look, recall, repeat, split
 
 logger = logging.getLogger("lora_kernels")
 
@@ -52,7 +52,9 @@ class FusedMixin:
         refusal = None
         if not (args or kwargs):
             try:
-                y = _forward(self, x, adapter_names)
+                y = None if is_dynamo_compiling() else repeat(self, x, adapter_names)
+                if y is None:
+                    y = _forward(self, x, adapter_names)
                 if y is not None:
                     return y
             except (RuntimeError, TypeError, ValueError, KeyError) as error:
@@ -95,15 +97,10 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     if forced is None and not (_compiled and x.is_cpu):
         return None
 
-    d = layer.__dict__
-    if d["merged_adapters"]:
-        return None
-    table, wanted = None, d["_active_adapter"]
-    if names is None:
-        wanted = (wanted,) if type(wanted) is str else tuple(wanted)
-    elif compiling:
-        return None
-    else:
+    wanted, table = None, None
+    if names is not None:
+        if compiling:
+            return None
         shape = x.shape
         if len(shape) < 2 or not shape[-1] or len(names) != shape[0]:
             return None
@@ -114,8 +111,8 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     state = look(layer, wanted, []) if compiling else recall(layer, wanted)
     if state is None:
         return None
-    weight, bias, A, B, scales, adapters, backward_hooks, lines = state
-    if table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
+    weight, bias, A, B, scales, adapters, backward_hooks = state
+    if wanted and table is not None and len(adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(adapters).routing(rows, x)[1]
     grad = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, *A, *B)
     if grad and weight.requires_grad:
@@ -131,15 +128,15 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
             A, B, scale = _concatenated(A, B, scales)
         if grad:
             return _LoRALinear.apply(x, weight, bias, scale, A[0], B[0])
-    elif scales.count(scale) != len(scales):
-        scale, scaling = 1.0, scaling_tensor(scales, x.device)
+    else:
+        scale, scaling = split(scales, x.device)
     y = linear(x, weight, bias)
     if grad:
         return _multi_lora(x, A, B, None, table, scaling, None, None, y, scale)
     args = (y, x, A, B, None, None, table, scaling, None, None, scale)
     if forced is not None:
         _call(lora_add_, _check.add, y, args)
-    elif compiling or _native is None or not _native(*args, lines):
+    elif compiling or _native is None or not _native(*args):
         _add(*args)
     return y
 

@@ -1,22 +1,30 @@
 """What a PEFT LoRA layer was found to be, kept while it stays so.
 
-Finding it out takes some hundred reads, and it must cost a few microseconds with the layer's objects in no cache. So
-each dictionary entry and type that was read is noted beside the result, and the next call holds these facts against the
-layer as it is then, in one compiled loop. A hook that is registered moves a counter, which is held against what it was.
+Finding it out takes some hundred reads, and it must cost a microsecond or two with the layer's objects in no cache. So
+each dictionary entry and type that was read is noted beside the result, and the compiled extension holds these facts
+against the layer as it is at the next call, in one loop (``csrc/python/layers.h``). A hook that is registered moves a
+counter, which is held against what it was.
 """
 
 from __future__ import annotations
 
-import weakref
+import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
-from ..ops._dispatch import ABSENT, lines_of, unchanged
+from ..ops._dispatch import extension, forced_backend
+from ._peft_batch import plain_tensors
 
-MOST = 4  # states kept of a layer; each takes some kilobytes
+ABSENT = ...  # the value of a fact where the dictionary lacks the key
+ITEMS = ...  # the key of a fact about a list's items
+
+Wanted = tuple[str, ...] | None  # the adapters of a mixed batch; None: the layer's active ones
 
 
 class State(NamedTuple):
@@ -29,50 +37,65 @@ class State(NamedTuple):
     scales: tuple[float, ...]
     adapters: tuple[str, ...]
     backward_hooks: bool
-    lines: bytes
 
 
-class _Known(NamedTuple):
-    state: State
-    facts: tuple
-    hooks_made: int
-
-
-#: id of a layer -> (the layer, its states by wanted adapters). Not in the layer: it would refer to itself, and copies
-#: of it would refer to it.
-_layers: dict[int, tuple[weakref.ref, dict[tuple[str, ...], _Known]]] = {}
-
-
-def recall(layer: Module, wanted: tuple[str, ...]) -> State | None:
+def recall(layer: Module, wanted: Wanted) -> State | None:
     """The state of the layer, looked up anew if anything read of it has changed; None where PEFT's forward must run."""
-    entry = _layers.get(id(layer))
-    known = None if entry is None else entry[1].get(wanted)
-    if known is not None and known.hooks_made == RemovableHandle.next_id:
-        if unchanged(known.facts, known.state.lines):
-            return known.state
-        forget(layer)  # what the other states hold may be out of use as well
-    facts: list[Any] = []
-    hooks_made = RemovableHandle.next_id
-    state = look(layer, wanted, facts)
+    if extension is None:
+        return look(layer, wanted, [])
+    state = extension.recall(layer, wanted)
     if state is None:
-        if known is not None:
-            forget(layer)
-        return None
-    state = state._replace(lines=lines_of([state.weight, *state.A, *state.B]))
-    key = id(layer)
-    states = _layers.setdefault(key, (weakref.ref(layer, lambda _: _layers.pop(key, None)), {}))[1]
-    if len(states) >= MOST:
-        states.pop(next(iter(states)), None)
-    states[wanted] = _Known(state, tuple(facts), hooks_made)
+        facts: list[Any] = [vars(forward_ad), "_current_level", forward_ad._current_level]
+        hooks_made = RemovableHandle.next_id
+        state = look(layer, wanted, facts)
+        if state is not None:
+            extension.remember(layer, wanted, hooks_made, state, facts, _call(state, wanted))
     return state
+
+
+def _call(state: State, wanted: Wanted) -> tuple | None:
+    """What the compiled forward adds to the base layer's output, None where it is left to Python."""
+    if len(state.adapters) != (1 if wanted is None else len(wanted)):
+        return None
+    scale, scaling = split(state.scales, state.weight.device)
+    return state.weight, state.bias, state.A, state.B, scaling, scale
 
 
 def forget(layer: Module) -> None:
     """Let go of all states of the layer."""
-    _layers.pop(id(layer), None)
+    if extension is not None:
+        extension.forget(layer)
 
 
-def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | None:
+def _repeat(layer: Any, x: Tensor, names: Any) -> Tensor | None:
+    """The output of a layer that is as it was at an earlier call; None, with nothing done, where it may not be so.
+
+    In one compiled call, for what a model's step consists of: no gradients, one adapter or a mixed batch whose routing
+    is known, nothing that is to see the ops called.
+
+    Args:
+        names: None, or :class:`Names`.
+    """
+    return None
+
+
+if extension is not None:
+    extension.connect_layers(
+        linear, RemovableHandle, (torch.is_grad_enabled, torch._C._is_any_autocast_enabled, forced_backend)
+    )
+repeat = _repeat if extension is None else extension.repeat
+
+
+@functools.lru_cache(maxsize=64)
+def split(scales: tuple[float, ...], device: torch.device) -> tuple[float, Tensor | None]:
+    """(what all adapters are scaled by, fp32 [L] of what each is besides, or None), made once."""
+    if scales.count(scales[0]) == len(scales):
+        return scales[0], None
+    with plain_tensors():
+        return 1.0, torch.tensor(scales, dtype=torch.float32, device=device)
+
+
+def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
     """The state of the layer, None where PEFT's forward must run; fills in the facts it rests on."""
 
     def read(holder: dict, key: str) -> Any:
@@ -90,7 +113,21 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         held = read(module.__dict__, "_parameters")
         return read(held, "weight"), read(held, "bias")
 
+    def items(held: Any) -> tuple | None:
+        if type(held) is not list:
+            return None
+        found = tuple(held)
+        facts.extend((held, ITEMS, found))
+        return found
+
     d = layer.__dict__
+    if items(read(d, "merged_adapters")) != ():
+        return None
+    if wanted is None:
+        active = read(d, "_active_adapter")
+        wanted = (active,) if type(active) is str else items(active)
+        if wanted is None:
+            return None
     if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
         return None
     modules = read(d, "_modules")
@@ -137,7 +174,7 @@ def look(layer: Module, wanted: tuple[str, ...], facts: list[Any]) -> State | No
         backward_hooks = backward_hooks or any(map(_has_backward_hooks, (a, b, dropout)))
     if not A:
         return None
-    return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks, b"")
+    return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks)
 
 
 def _has_backward_hooks(module: Module) -> bool:

@@ -39,7 +39,6 @@ _WATCHERS = (
     torch._C._autograd._profiler_enabled,
     torch._C._is_tracing,
 )
-ABSENT = ...  # what a dictionary without the key holds for :func:`unchanged`
 
 
 def _load_extension() -> tuple[Any, str | None]:
@@ -57,29 +56,10 @@ def _load_extension() -> tuple[Any, str | None]:
     return extension, None
 
 
-_extension, extension_error = _load_extension()
+#: The compiled module, None without one.
+extension, extension_error = _load_extension()
 
 
-def _unchanged(facts: tuple, lines: bytes) -> bool:
-    """Whether all facts still hold.
-
-    Args:
-        facts: flat: ``dictionary, key, value`` for an entry, by identity; ``object, None, type`` for a type.
-        lines: what :func:`lines_of` said of tensors that are needed next.
-    """
-    return all(
-        type(facts[i]) is facts[i + 2] if facts[i + 1] is None else facts[i].get(facts[i + 1], ABSENT) is facts[i + 2]
-        for i in range(0, len(facts), 3)
-    )
-
-
-def _lines_of(tensors: list[Tensor]) -> bytes:
-    """Where in memory lies what a call reads of tensors besides their elements."""
-    return b""
-
-
-unchanged: Callable[[tuple, bytes], bool] = _extension.unchanged if _extension else _unchanged
-lines_of: Callable[[list[Tensor]], bytes] = _extension.lines_of if _extension else _lines_of
 _from_environment = _env.backend()
 _forced: ContextVar[str | None] = ContextVar("lora_kernels_backend", default=_from_environment)
 
@@ -103,9 +83,8 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def forced_backend() -> str | None:
-    """The backend that :func:`backend` or ``LORA_KERNELS_BACKEND`` forces now."""
-    return _forced.get()
+#: The backend that :func:`backend` or ``LORA_KERNELS_BACKEND`` forces now, or None.
+forced_backend: Callable[[], str | None] = _forced.get
 
 
 @functools.cache
@@ -139,7 +118,7 @@ class Op:
         #: The dispatcher's own callable, without a Python frame around it.
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
-        self.native: Callable[..., bool] | None = getattr(_extension, self.name, None)
+        self.native: Callable[..., bool] | None = getattr(extension, self.name, None)
         self.family = reference.__module__.rpartition(".")[2]
         if has_triton(self.family):
             _library.impl(self.name, self.triton, "CUDA")

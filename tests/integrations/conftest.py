@@ -12,7 +12,12 @@ def calls(monkeypatch):
     from lora_kernels.integrations import _peft_layer
 
     counts = Calls()
-    inner = _peft_layer._forward
+    inner, repeat = _peft_layer._forward, _peft_layer.repeat
+
+    def repeated(*args):
+        y = repeat(*args)
+        counts.fast += y is not None
+        return y
 
     def counted(layer, x, names):
         try:
@@ -25,6 +30,7 @@ def calls(monkeypatch):
         return y
 
     monkeypatch.setattr(_peft_layer, "_forward", counted)
+    monkeypatch.setattr(_peft_layer, "repeat", repeated)
     return counts
 
 

@@ -28,7 +28,7 @@ from nets import (  # noqa: E402
 from peft import get_peft_model  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
-from lora_kernels.integrations import _peft_batch  # noqa: E402
+from lora_kernels.integrations import _peft_batch, _peft_state  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("a_backend")]
 
@@ -134,7 +134,7 @@ class TestMixedBatch:
     def test_plan_made_under_inference_mode_serves_autograd(self):
         oracle, model, _ = both(adapters())
         _peft_batch._routing.cache_clear()
-        _peft_batch.scaling_tensor.cache_clear()
+        _peft_state.split.cache_clear()
         x, names = torch.randn(4, K), BATCHES[0]
         with torch.inference_mode():
             model(x, adapter_names=names)

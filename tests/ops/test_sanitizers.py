@@ -95,13 +95,14 @@ def run(instrumented, tmp_path, *arguments):
     return int(re.search(r"(\d+) passed", report)[1])
 
 
-FILES = [HERE / f"test_{name}.py" for name in ("low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan")]
+NAMES = ("low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers")
+FILES = [HERE / f"test_{name}.py" for name in NAMES]
 
 
 def test_samples(instrumented, tmp_path):
-    """Every sample forward and backward in each instruction set, and with threads; bad input; plans."""
+    """Every sample forward and backward in each instruction set, and with threads; bad input; plans; layers."""
     threaded = "low_rank_forward and two_threads and not fp16 and not y32"
-    keep = f"every_instruction_set or unforced or (test_plan and cpu) or ({threaded})"
+    keep = f"every_instruction_set or unforced or (test_plan and cpu) or test_layers or ({threaded})"
     assert run(instrumented, tmp_path, *FILES, "-k", keep) > 400
 
 

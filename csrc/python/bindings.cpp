@@ -1,0 +1,65 @@
+// The extension module. Importing it registers the kernels of cpu/ and cuda/; the schemas live in Python.
+//
+// Besides, it holds what Python calls a hundred times for one token of a model, where the price of the dispatcher and
+// of Python itself shows: `lora_add_` without the dispatcher, and the forward of a layer that is as it was.
+#include <Python.h>
+
+#include <exception>
+
+#include "../cpu/low_rank_add.h"
+#include "layers.h"
+#include "tensors.h"
+
+namespace lora_kernels {
+namespace {
+
+// lora_add_(its arguments) -> bool: whether it was done here; nothing is written otherwise.
+PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 11) {
+    PyErr_SetString(PyExc_TypeError, "lora_add_ takes 11 arguments");
+    return nullptr;
+  }
+  if (!connected() || watched()) Py_RETURN_FALSE;
+  double scale = PyFloat_AsDouble(args[10]);
+  if (scale == -1.0 && PyErr_Occurred()) return nullptr;
+  try {
+    View y = view_of(args[0]), x = view_of(args[1]);
+    Sequence A(args[2]), B(args[3]);
+    OptionalView ids = optional_view_of(args[4]), indptr = optional_view_of(args[5]), plan = optional_view_of(args[6]);
+    OptionalView scaling = optional_view_of(args[7]), ranks = optional_view_of(args[8]);
+    OptionalView weights = optional_view_of(args[9]);
+    WithoutGIL unlocked;
+    low_rank_add(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, scale);
+  } catch (const NeedsDispatcher&) {
+    Py_RETURN_FALSE;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+PyMethodDef methods[] = {
+    {"lora_add_", fast(add), METH_FASTCALL, nullptr},
+    {"connect", fast(connect), METH_FASTCALL, nullptr},
+    {"connect_layers", fast(connect_layers), METH_FASTCALL, nullptr},
+    {"remember", fast(remember), METH_FASTCALL, nullptr},
+    {"recall", fast(recall), METH_FASTCALL, nullptr},
+    {"forget", forget, METH_O, nullptr},
+    {"remembered", remembered, METH_O, nullptr},
+    {"repeat", fast(repeat), METH_FASTCALL, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace
+}  // namespace lora_kernels
+
+PyMODINIT_FUNC PyInit__C(void) {
+  static PyModuleDef module = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, lora_kernels::methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
