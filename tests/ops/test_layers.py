@@ -266,6 +266,7 @@ class TestRepeat:
         assert C.repeat(layer, x, None) is None
         layer.A[0].data = torch.randn(R, K).double()
         assert C.repeat(layer, x, None) is None
+        layer.A[0].data = torch.randn(R, K)
         layer.W.data = torch.randn(N, K + 1)
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             C.repeat(layer, x, None)
@@ -281,12 +282,13 @@ class TestRepeat:
         def churn():
             while not stop.is_set():
                 C.forget(layer)
-                remember(layer, None, "one", [], (layer.W, layer.bias, layer.A[:1], layer.B[:1], None, 0.25))
+                for _ in range(50):
+                    remember(layer, None, "one", [], (layer.W, layer.bias, layer.A[:1], layer.B[:1], None, 0.25))
 
         churning = threading.Thread(target=churn)
         churning.start()
         try:
-            done = [y for _ in range(2000) if (y := C.repeat(layer, x, None)) is not None]
+            done = [y for _ in range(1000) if (y := C.repeat(layer, x, None)) is not None]
         finally:
             stop.set()
             churning.join()
