@@ -51,7 +51,7 @@ def addmm_forward(linear, parts, x):
 
 
 def touch_forward(linear, storage, x):
-    """A lower bound, without arithmetic or checks: y rewritten; many rows of x and a mixed batch's factors read once."""
+    """A lower bound, without arithmetic or checks: y rewritten; many rows of x and a mixed batch's factors read."""
     y = F.linear(x, linear.weight, linear.bias)
     if storage is not None:
         storage.sum()

@@ -127,25 +127,66 @@ void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, in
 
 }  // namespace
 
+namespace {
+
+// The arguments that both forms share, checked against each other.
+struct Added {
+  Matrix x;
+  Output y;
+  Factors A, B;
+
+  Added(const View& y_, const View& x_, Views A_, Views B_) : x(x_), y(y_), A(A_, 0), B(B_, 1) {
+    check_same_form(A, B);
+    for (int64_t width : A.widths) STD_TORCH_CHECK(width == x.columns, "A does not fit x");
+    STD_TORCH_CHECK(B.total == y.columns && y.rows == x.rows, "y does not fit");
+    STD_TORCH_CHECK(x.dtype == y.dtype || y.dtype == DType::f32, "y dtype");
+    STD_TORCH_CHECK(A.table.empty() || A.table[0].dtype == x.dtype || A.table[0].dtype == DType::f32, "factor dtype");
+  }
+
+  LowRank op(const Routing& routing, const Scales& scales) {
+    LowRank op{routing, A.slices, A.padded_rank};
+    op.x = &x, op.A = &A, op.y = &y, op.B = &B, op.scales = &scales;
+    return op;
+  }
+};
+
+}  // namespace
+
 void low_rank_add(const View& y, const View& x, Views A, Views B, const View* ids, const View* indptr, const View* plan,
                   const View* scaling, const View* ranks, const View* weights, double scale) {
-  Matrix in(x);
-  Output out(y);
-  Factors a(A, 0), b(B, 1);
-  check_same_form(a, b);
-  for (int64_t width : a.widths) STD_TORCH_CHECK(width == in.columns, "A does not fit x");
-  STD_TORCH_CHECK(b.total == out.columns && out.rows == in.rows, "y does not fit");
-  STD_TORCH_CHECK(in.dtype == out.dtype || out.dtype == DType::f32, "y dtype");
-  STD_TORCH_CHECK(a.table.empty() || a.table[0].dtype == in.dtype || a.table[0].dtype == DType::f32, "factor dtype");
-  a.set_ranks(ranks);
-  Weights per_pair(weights, in.rows);
-  Routing routing(ids, indptr, plan, in.rows, a.adapters, per_pair.per_row());
+  Added added(y, x, A, B);
+  added.A.set_ranks(ranks);
+  Weights per_pair(weights, added.x.rows);
+  Routing routing(ids, indptr, plan, added.x.rows, added.A.adapters, per_pair.per_row());
   check_mixture(routing, ids, weights);
-  Scales scales(scaling, scale, a.slices, a.adapters);
-  LowRank op{routing, a.slices, a.padded_rank};
-  op.x = &in, op.A = &a, op.y = &out, op.B = &b, op.scales = &scales, op.weights = per_pair.values;
+  Scales scales(scaling, scale, added.A.slices, added.A.adapters);
+  LowRank op = added.op(routing, scales);
+  op.weights = per_pair.values;
   op.run();
-  out.finish();
+  added.y.finish();
+}
+
+bool takes_linear(const View& x, const View& W, const View* bias) {
+  // Torch's product gains on more rows, where reordering W is little of its work.
+  constexpr int64_t kMostRows = 256, kLongest = 8192;
+  if (!low_rank_kernels().linear || W.dims != 2 || x.dims < 1) return false;
+  int64_t N = W.sizes[0], K = W.sizes[1], rows = K ? x.numel() / K : 0;
+  for (const View* t : {&x, &W, bias})
+    if (t && (t->type != ScalarType::BFloat16 || !t->is_contiguous())) return false;
+  if (bias && (bias->dims != 1 || bias->sizes[0] != N)) return false;
+  return x.sizes[x.dims - 1] == K && K % 32 == 0 && K <= kLongest && N > 0 && N % 16 == 0 && rows > 0 &&
+         rows <= kMostRows;
+}
+
+void low_rank_linear(const View& y, const View& x, const View& W, const View* bias, Views A, Views B, const View* plan,
+                     const View* scaling, double scale) {
+  Added added(y, x, A, B);
+  Routing routing(nullptr, nullptr, plan, added.x.rows, added.A.adapters, 1);
+  Scales scales(scaling, scale, added.A.slices, added.A.adapters);
+  STD_TORCH_CHECK(takes_linear(x, W, bias) && W.sizes[0] == added.y.columns && added.y.dtype == DType::bf16 &&
+                      !added.y.copy && !added.A.stacked,
+                  "base layer");
+  added.op(routing, scales).run_on({W.data, DType::bf16, int(W.sizes[0]), W.sizes[1], 1}, bias ? bias->data : nullptr);
 }
 
 }  // namespace lora_kernels

@@ -56,6 +56,10 @@ struct LowRankKernels {
   // out[p, q] = Σ s[i] u[i, p] w[i, q] over i < m, for p in [0, P) and q in [begin, end).
   void (*outer)(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, float* out,
                 int64_t out_stride, void* scratch);
+  // y[i, n] = Σ x[i, k] W[n, k] + bias[n] over k < K, for n in [begin, end), rounded once. bf16, W's rows contiguous, K
+  // a multiple of 32, W's rows and begin and end of 16; nullptr where nothing here is faster than torch's own product.
+  void (*linear)(const Rows& x, int m, const Factor& W, int64_t K, const void* bias, const Rows& y, int64_t begin,
+                 int64_t end, void* scratch);
 };
 
 // The kernels of the best instruction set this machine has, or of the one set_isa named.

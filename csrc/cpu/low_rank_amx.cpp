@@ -20,10 +20,11 @@
 #define LK_ISA amx
 #define LK_WIDTH 16
 #include "low_rank_amx_expand.h"
+#include "low_rank_amx_linear.h"
 #include "low_rank_amx_shrink.h"
 
 namespace lora_kernels::amx {
-extern const LowRankKernels low_rank{"amx", shrink, expand, outer_vectors};
+extern const LowRankKernels low_rank{"amx", shrink, expand, outer_vectors, linear};
 }  // namespace lora_kernels::amx
 #if defined(__clang__)
 #pragma clang attribute pop

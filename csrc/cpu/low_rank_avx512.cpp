@@ -15,7 +15,7 @@
 #include "low_rank_kernels.h"
 
 namespace lora_kernels::avx512 {
-extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, outer_vectors};
+extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, outer_vectors, nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

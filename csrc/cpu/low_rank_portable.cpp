@@ -4,5 +4,5 @@
 #include "low_rank_kernels.h"
 
 namespace lora_kernels::portable {
-extern const LowRankKernels low_rank{"portable", shrink_vectors, expand_vectors, outer_vectors};
+extern const LowRankKernels low_rank{"portable", shrink_vectors, expand_vectors, outer_vectors, nullptr};
 }

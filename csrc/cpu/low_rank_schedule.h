@@ -222,6 +222,43 @@ struct LowRank {
     });
   }
 
+  // y = x Wᵀ + bias and the adapters' part on top: every v first, then y by columns, the part added to those just made.
+  void run_on(const Factor& W, const void* bias) const {
+    std::vector<Group> cut = runs();
+    std::vector<int64_t> start;
+    int64_t count = 0, planes = parts(), threads = torch::stable::get_num_threads();
+    for (const Group& run : cut) {
+      start.push_back(count);
+      count += run.count;
+    }
+    int64_t plane = count * rank, n = cut.size();
+    float* v = floats(local_rows, planes * plane);
+    for_each_task(n * planes, true, [&](int64_t task) {
+      int64_t part = task % planes, i = task / planes;
+      if (live_rank(0, cut[i].adapter)) make_v(cut[i], 0, part, part + 1, v + part * plane + start[i] * rank);
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      int live = live_rank(0, cut[i].adapter);
+      float* sum = v + start[i] * rank;
+      for (int64_t part = 1; part < planes; ++part)
+        for (int64_t row = 0; row < cut[i].count; ++row)
+          for (int r = 0; r < live; ++r) sum[row * rank + r] += sum[part * plane + row * rank + r];
+      scale_v(cut[i], 0, sum);
+    }
+    int64_t width = divide_up(divide_up(y->columns, threads), 32) * 32;
+    if (y->rows > 16) width = std::min<int64_t>(width, 256);
+    for_each_task(divide_up(y->columns, width), true, [&](int64_t task) {
+      int64_t begin = task * width, end = std::min(begin + width, y->columns);
+      kernels.linear(x->view(0, nullptr, 1), int(x->rows), W, x->columns, bias, y->view(0, nullptr, 1), begin, end,
+                     scratch());
+      const float* group_v = v;
+      for (const Group& group : routing.groups) {
+        use_v(group, 0, group_v, begin, end);
+        group_v += group.count * rank;
+      }
+    });
+  }
+
   // Several adapters a row: every pair's v first, then the columns of y in fp32, adapter by adapter, rounded once.
   void mix(bool parallel) const {
     constexpr int64_t kColumns = 64;

@@ -14,6 +14,10 @@ LK_TILES void load(const void* p, int64_t bytes) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes), "i"(T) : "memory");
 }
 template <int T>
+LK_TILES void stream(const void* p, int64_t bytes) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(bytes), "i"(T) : "memory");
+}
+template <int T>
 LK_TILES void store(void* p, int64_t bytes) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(bytes), "i"(T) : "memory");
 }

@@ -1,13 +1,15 @@
 // The extension module. Importing it registers the kernels of cpu/ and cuda/; the schemas live in Python.
 //
 // Besides, it holds what Python calls a hundred times for one token of a model, where the price of the dispatcher and
-// of Python itself shows: `lora_add_` without the dispatcher, and the forward of a layer that is as it was.
+// of Python itself shows: `lora_add_` and
+// `lora_linear` without the dispatcher, and the forward of a layer that is as it was.
 #include <Python.h>
 
 #include <exception>
 
 #include "../cpu/low_rank_add.h"
 #include "layers.h"
+#include "linear.h"
 #include "tensors.h"
 
 namespace lora_kernels {
@@ -45,7 +47,9 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"lora_add_", fast(add), METH_FASTCALL, nullptr},
+    {"lora_linear", fast(lora_linear), METH_FASTCALL, nullptr},
     {"connect", fast(connect), METH_FASTCALL, nullptr},
+    {"connect_linear", fast(connect_linear), METH_FASTCALL, nullptr},
     {"connect_layers", fast(connect_layers), METH_FASTCALL, nullptr},
     {"remember", fast(remember), METH_FASTCALL, nullptr},
     {"recall", fast(recall), METH_FASTCALL, nullptr},

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "../cpu/low_rank_add.h"
+#include "linear.h"
 #include "tensors.h"
 
 namespace lora_kernels {
@@ -18,37 +18,8 @@ namespace {
 constexpr size_t kMost = 4;  // states kept of a layer; each takes some kilobytes
 constexpr intptr_t kLine = 64;
 
-PyObject* linear = nullptr;
 PyObject* hooks = nullptr;
 PyObject* watchers = nullptr;
-
-// A strong reference.
-class Ref {
-public:
-  Ref() = default;
-  Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
-  Ref& operator=(Ref&& other) noexcept {
-    std::swap(object_, other.object_);
-    return *this;
-  }
-  ~Ref() { Py_XDECREF(object_); }
-
-  static Ref to(PyObject* object) {
-    Py_XINCREF(object);
-    return taken(object);
-  }
-  // What Python gave as the caller's own; nullptr after an error.
-  static Ref taken(PyObject* object) {
-    Ref ref;
-    ref.object_ = object;
-    return ref;
-  }
-  PyObject* release() { return std::exchange(object_, nullptr); }
-  operator PyObject*() const { return object_; }
-
-private:
-  PyObject* object_ = nullptr;
-};
 
 struct Fact {
   Ref object, key, value;
@@ -275,11 +246,10 @@ bool route(PyObject* names, const View& x, PyObject** key, PyObject** table) {
 }  // namespace
 
 PyObject* connect_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(args[2])) return type_error("connect_layers takes two objects and a tuple");
+  if (count != 2 || !PyTuple_Check(args[1])) return type_error("connect_layers takes an object and a tuple");
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);
-  linear = args[0];
-  hooks = args[1];
-  watchers = args[2];
+  hooks = args[0];
+  watchers = args[1];
   Py_RETURN_NONE;
 }
 
@@ -348,7 +318,7 @@ PyObject* remembered(PyObject*, PyObject* layer) {
 
 PyObject* repeat(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) return type_error("repeat takes a layer, x and names");
-  if (!connected() || !linear || watched() || any_says_yes(watchers)) Py_RETURN_NONE;
+  if (!connected() || !watchers || any_says_yes(watchers)) Py_RETURN_NONE;
   try {
     View x = view_of(args[1]);
     PyObject *key = Py_None, *table = Py_None;
@@ -359,20 +329,12 @@ PyObject* repeat(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const State* state = find(args[0], key);
     if (!state || !state->call || !holds(*state)) Py_RETURN_NONE;
     const Call& call = *state->call;
-    Sequence A(call.A), B(call.B);
-    Ref weight = Ref::to(call.weight), bias = Ref::to(call.bias), plan = Ref::to(table);
-    Ref scaling = Ref::to(table == Py_None ? Py_None : static_cast<PyObject*>(call.scaling));
-    double scale = call.scale;
+    Ref weight = Ref::to(call.weight), bias = Ref::to(call.bias), A = Ref::to(call.A), B = Ref::to(call.B);
+    Ref plan = Ref::to(table), scaling = Ref::to(table == Py_None ? Py_None : static_cast<PyObject*>(call.scaling));
     size_t slot = last;
-    // Now other threads may run and have the state forgotten.
-    Ref y = Ref::taken(PyObject_CallFunctionObjArgs(linear, args[1], weight + 0, bias + 0, nullptr));
+    // In there other threads may run and have the state forgotten.
+    Ref y = Ref::taken(linear_with(args[1], x, weight, bias, A, B, plan, scaling, call.scale));
     if (!y) return nullptr;
-    {
-      View sum = view_of(y);
-      OptionalView routed = optional_view_of(plan), scaled = optional_view_of(scaling);
-      WithoutGIL unlocked;
-      low_rank_add(sum, x, A, B, nullptr, nullptr, routed, scaled, nullptr, nullptr, scale);
-    }
     fetch_after(slot);
     return y.release();
   } catch (const std::exception&) {  // Python's own forward words it

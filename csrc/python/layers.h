@@ -10,8 +10,8 @@
 
 namespace lora_kernels {
 
-// connect_layers(linear, hooks, watchers): torch's linear function; the object whose attribute `next_id` moves when a
-// hook is made; functions: what one of them reports `repeat` leaves to Python.
+// connect_layers(hooks, watchers): the object whose attribute `next_id` moves when a hook is made; functions: what one
+// of them reports `repeat` leaves to Python.
 PyObject* connect_layers(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // remember(layer, key, hooks_made, state, facts, call)
@@ -31,7 +31,7 @@ PyObject* forget(PyObject*, PyObject* layer);
 // remembered(layer) -> how many states.
 PyObject* remembered(PyObject*, PyObject* layer);
 
-// repeat(layer, x, names) -> y = linear(x, weight, bias) + the adapters' part, or None, with nothing done, where
+// repeat(layer, x, names) -> y = x Wᵀ + bias + the adapters' part, or None, with nothing done, where
 // Python must see to it. names: None, or an object with `_routings`: rows -> (key, plan's table or None).
 PyObject* repeat(PyObject*, PyObject* const* args, Py_ssize_t count);
 

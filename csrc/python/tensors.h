@@ -3,11 +3,40 @@
 
 #include <Python.h>
 
+#include <utility>
 #include <vector>
 
 #include "../cpu/low_rank_arguments.h"
 
 namespace lora_kernels {
+
+// A strong reference.
+class Ref {
+public:
+  Ref() = default;
+  Ref(Ref&& other) noexcept : object_(std::exchange(other.object_, nullptr)) {}
+  Ref& operator=(Ref&& other) noexcept {
+    std::swap(object_, other.object_);
+    return *this;
+  }
+  ~Ref() { Py_XDECREF(object_); }
+
+  static Ref to(PyObject* object) {
+    Py_XINCREF(object);
+    return taken(object);
+  }
+  // What Python gave as the caller's own; nullptr after an error.
+  static Ref taken(PyObject* object) {
+    Ref ref;
+    ref.object_ = object;
+    return ref;
+  }
+  PyObject* release() { return std::exchange(object_, nullptr); }
+  operator PyObject*() const { return object_; }
+
+private:
+  PyObject* object_ = nullptr;
+};
 
 // Whether Python gave what it takes to read tensors; without it nothing here may be called.
 bool connected();
@@ -39,6 +68,7 @@ struct WithoutGIL {
 };
 
 // connect(capsule, types, watchers) -> bool: read tensors of these exact types as the capsule offers, if it does.
+// `watchers`: functions; what one of them reports would not see a call made here.
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace lora_kernels

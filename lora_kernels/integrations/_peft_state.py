@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
-from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from ..ops._dispatch import extension, forced_backend
@@ -80,9 +79,7 @@ def _repeat(layer: Any, x: Tensor, names: Any) -> Tensor | None:
 
 
 if extension is not None:
-    extension.connect_layers(
-        linear, RemovableHandle, (torch.is_grad_enabled, torch._C._is_any_autocast_enabled, forced_backend)
-    )
+    extension.connect_layers(RemovableHandle, (torch.is_grad_enabled, forced_backend))
 repeat = _repeat if extension is None else extension.repeat
 
 

@@ -28,7 +28,7 @@ from torch.compiler import is_compiling
 from ..plan import BatchPlan
 from ..reference import low_rank as reference
 from . import _check
-from ._dispatch import Op, extension_error, forced_backend
+from ._dispatch import Op, extension, extension_error, forced_backend
 
 Factors = Tensor | Sequence[Tensor]
 _compiled = extension_error is None
@@ -538,8 +538,11 @@ def lora_linear(
     ):
         # Of what is left to refuse, torch and the kernels refuse all; the check then words it.
         try:
-            y = torch.nn.functional.linear(x, weight)
-            return _add_one(y, x, A, B, scale)
+            if extension is not None and forced_backend() is None:
+                y = extension.lora_linear(x, weight, None, (A,), (B,), scale)
+                if y is not None:
+                    return y
+            return _add_one(torch.nn.functional.linear(x, weight), x, A, B, scale)
         except (RuntimeError, TypeError, ValueError):
             _check_linear(x, weight, A, B, bias)
             raise
