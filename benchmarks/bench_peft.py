@@ -23,8 +23,8 @@ from lora_kernels.integrations._peft_batch import NAMES as NAMES_KEY  # noqa: E4
 from lora_kernels.integrations._peft_batch import Names  # noqa: E402
 
 BF16, MASTERS = "bf16", "fp32 masters"
-BASE, PEFT, ADDMM, TOUCH, CHECKS = "base model", "PEFT", "addmm", "touch only", "checks only"
-PROVIDERS = (BASE, PEFT, ADDMM, OURS, TOUCH, CHECKS)
+BASE, PEFT, ADDMM, TOUCH, IDLE = "base model", "PEFT", "addmm", "torch + touch", "no adapter"
+PROVIDERS = (BASE, PEFT, ADDMM, OURS, TOUCH, IDLE)
 RANK = 16
 NAMES = [f"adapter{i}" for i in range(ROWS)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -51,7 +51,7 @@ def addmm_forward(linear, parts, x):
 
 
 def touch_forward(linear, storage, x):
-    """A lower bound, without arithmetic or checks: y rewritten; many rows of x and a mixed batch's factors read."""
+    """What adding to y afterwards takes at least: y rewritten, many rows of x and a mixed batch's factors read."""
     y = F.linear(x, linear.weight, linear.bias)
     if storage is not None:
         storage.sum()
@@ -60,8 +60,8 @@ def touch_forward(linear, storage, x):
     return y.neg_()
 
 
-def checks_step(step, model, tokens, mixed):
-    """The patched model finds its layers' states and a routing by which no row has an adapter: what the checks take."""
+def idle_step(step, model, tokens, mixed):
+    """The patched model finds its layers' states and a routing by which no row has an adapter."""
     adapters = NAMES if mixed else NAMES[:1]
     names = Names(NAMES if mixed else ROWS * NAMES[:1])
     ids = torch.full((ROWS * tokens,), -1, dtype=torch.int32)
@@ -169,7 +169,7 @@ def step_case(request, rounds):
             TOUCH: models.touched,
         }
         steps = {name: partial(step, model) for name, model in timed.items()}
-        steps[CHECKS] = partial(checks_step, step, timed[OURS], tokens, mixed)
+        steps[IDLE] = partial(idle_step, step, timed[OURS], tokens, mixed)
         return compare(
             f"step, {ROWS} × {tokens}, {'mixed' if mixed else 'one adapter'}, {adapters}",
             steps,

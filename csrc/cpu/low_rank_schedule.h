@@ -188,74 +188,67 @@ struct LowRank {
     });
   }
 
-  // Fewer runs than threads: parts of K first, then columns of N.
-  void split(const std::vector<Group>& runs) const {
-    int64_t count = 0, planes = parts();
-    std::vector<int64_t> start;
+  // v of all runs: [S, Σ count, R], the first of the planes that held the parts of K.
+  struct Shrunk {
+    std::vector<int64_t> start;  // of each run
+    int64_t count = 0, rank;
+    float* data;
+
+    float* at(int64_t s, int64_t run) const { return data + (s * count + start[run]) * rank; }
+  };
+
+  // Parts of K by task, then added in order and scaled.
+  Shrunk shrink_all(const std::vector<Group>& runs) const {
+    Shrunk v;
     for (const Group& run : runs) {
-      start.push_back(count);
-      count += run.count;
+      v.start.push_back(v.count);
+      v.count += run.count;
     }
-    int64_t plane = slices * count * rank;
-    float* v = floats(local_rows, planes * plane);
-    auto at = [&](int64_t part, int64_t s, int64_t i) { return v + part * plane + (s * count + start[i]) * rank; };
-    int64_t n = runs.size();
+    int64_t planes = parts(), plane = slices * v.count * rank, n = runs.size();
+    v.rank = rank;
+    v.data = floats(local_rows, planes * plane);
     for_each_task(n * slices * planes, A != nullptr, [&](int64_t task) {
       int64_t part = task % planes, s = task / planes % slices, i = task / planes / slices;
-      if (live_rank(s, runs[i].adapter)) make_v(runs[i], s, part, part + 1, at(part, s, i));
+      if (live_rank(s, runs[i].adapter)) make_v(runs[i], s, part, part + 1, v.at(s, i) + part * plane);
     });
     for (int64_t i = 0; i < n; ++i)
       for (int64_t s = 0; s < slices; ++s) {
         int live = live_rank(s, runs[i].adapter);
+        float* sum = v.at(s, i);
         for (int64_t part = 1; part < planes; ++part)
           for (int64_t row = 0; row < runs[i].count; ++row)
-            for (int r = 0; r < live; ++r) at(0, s, i)[row * rank + r] += at(part, s, i)[row * rank + r];
-        scale_v(runs[i], s, at(0, s, i));
+            for (int r = 0; r < live; ++r) sum[row * rank + r] += sum[part * plane + row * rank + r];
+        scale_v(runs[i], s, sum);
       }
+    return v;
+  }
+
+  // Fewer runs than threads: columns of N by task.
+  void split(const std::vector<Group>& runs) const {
+    Shrunk v = shrink_all(runs);
+    int64_t n = runs.size();
     int64_t width =
         B ? std::max<int64_t>(divide_up(divide_up(B->total, torch::stable::get_num_threads()), 64) * 64, 128) : 1;
     int64_t widest = B ? *std::max_element(B->widths.begin(), B->widths.end()) : 1, chunks = divide_up(widest, width);
     for_each_task(n * slices * chunks, B != nullptr, [&](int64_t task) {
       int64_t chunk = task % chunks, s = task / chunks % slices, i = task / chunks / slices;
       int64_t end = B ? std::min(B->widths[s], (chunk + 1) * width) : 0;
-      if (!B || chunk * width < end) use_v(runs[i], s, at(0, s, i), chunk * width, end);
+      if (!B || chunk * width < end) use_v(runs[i], s, v.at(s, i), chunk * width, end);
     });
   }
 
-  // y = x Wᵀ + bias and the adapters' part on top: every v first, then y by columns, the part added to those just made.
+  // y = x Wᵀ + bias and the adapters' part on top, of one slice: columns by task, the part added to those just made.
   void run_on(const Factor& W, const void* bias) const {
+    constexpr int64_t kFew = 16, kColumns = 256;
     std::vector<Group> cut = runs();
-    std::vector<int64_t> start;
-    int64_t count = 0, planes = parts(), threads = torch::stable::get_num_threads();
-    for (const Group& run : cut) {
-      start.push_back(count);
-      count += run.count;
-    }
-    int64_t plane = count * rank, n = cut.size();
-    float* v = floats(local_rows, planes * plane);
-    for_each_task(n * planes, true, [&](int64_t task) {
-      int64_t part = task % planes, i = task / planes;
-      if (live_rank(0, cut[i].adapter)) make_v(cut[i], 0, part, part + 1, v + part * plane + start[i] * rank);
-    });
-    for (int64_t i = 0; i < n; ++i) {
-      int live = live_rank(0, cut[i].adapter);
-      float* sum = v + start[i] * rank;
-      for (int64_t part = 1; part < planes; ++part)
-        for (int64_t row = 0; row < cut[i].count; ++row)
-          for (int r = 0; r < live; ++r) sum[row * rank + r] += sum[part * plane + row * rank + r];
-      scale_v(cut[i], 0, sum);
-    }
-    int64_t width = divide_up(divide_up(y->columns, threads), 32) * 32;
-    if (y->rows > 16) width = std::min<int64_t>(width, 256);
+    Shrunk v = shrink_all(cut);
+    int64_t threads = torch::stable::get_num_threads(), width = divide_up(divide_up(y->columns, threads), 32) * 32;
+    if (y->rows > kFew) width = std::min(width, kColumns);  // stay in a cache
     for_each_task(divide_up(y->columns, width), true, [&](int64_t task) {
       int64_t begin = task * width, end = std::min(begin + width, y->columns);
       kernels.linear(x->view(0, nullptr, 1), int(x->rows), W, x->columns, bias, y->view(0, nullptr, 1), begin, end,
                      scratch());
-      const float* group_v = v;
-      for (const Group& group : routing.groups) {
-        use_v(group, 0, group_v, begin, end);
-        group_v += group.count * rank;
-      }
+      for (size_t i = 0; i < cut.size(); ++i) use_v(cut[i], 0, v.at(0, i), begin, end);
     });
   }
 

@@ -25,7 +25,7 @@ PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
   double scale = PyFloat_AsDouble(args[10]);
   if (scale == -1.0 && PyErr_Occurred()) return nullptr;
   try {
-    View y = view_of(args[0]), x = view_of(args[1]);
+    View y = view_of_input(args[0]), x = view_of_input(args[1]);
     Sequence A(args[2]), B(args[3]);
     OptionalView ids = optional_view_of(args[4]), indptr = optional_view_of(args[5]), plan = optional_view_of(args[6]);
     OptionalView scaling = optional_view_of(args[7]), ranks = optional_view_of(args[8]);

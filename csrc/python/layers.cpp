@@ -19,20 +19,26 @@ constexpr size_t kMost = 4;  // states kept of a layer; each takes some kilobyte
 constexpr intptr_t kLine = 64;
 
 PyObject* hooks = nullptr;
-PyObject* watchers = nullptr;
+PyObject* repeat_watchers = nullptr;
+PyObject* keeper_type = nullptr;
 
+// See `remember`.
 struct Fact {
   Ref object, key, value;
 
+  bool is_type() const { return key == Py_None; }
+  bool is_items() const { return key == Py_Ellipsis; }
+
   bool holds() const {
-    if (key == Py_None) return reinterpret_cast<PyObject*>(Py_TYPE(object)) == value;
-    if (key == Py_Ellipsis) return items_hold();
+    if (is_type()) return reinterpret_cast<PyObject*>(Py_TYPE(object)) == value;
+    if (is_items()) return items_hold();
     PyObject* found = PyDict_GetItemWithError(object, key);
     if (!found && PyErr_Occurred()) PyErr_Clear();
     return (found ? found : Py_Ellipsis) == value;
   }
 
   bool items_hold() const {
+    if (PyDict_Check(object)) return PyDict_Size(object) == 0;
     Py_ssize_t count = PyList_Size(object);
     if (count != PyTuple_Size(value)) return false;
     for (Py_ssize_t i = 0; i < count; ++i)
@@ -41,9 +47,9 @@ struct Fact {
   }
 
   bool valid() const {
-    if (key == Py_None) return true;
-    if (key == Py_Ellipsis) return PyList_Check(object) && PyTuple_Check(value);
-    return PyDict_Check(object);
+    if (is_type()) return true;
+    if (!is_items()) return PyDict_Check(object);
+    return PyTuple_Check(value) && (PyList_Check(object) || (PyDict_Check(object) && PyTuple_Size(value) == 0));
   }
 };
 
@@ -61,10 +67,21 @@ struct State {
   std::unique_ptr<Call> call;
   std::vector<const char*> lines;  // where in memory lies what the next recall and call will read
   size_t next = 0;                 // slot of the state that was asked for after this one
+
+  int visit(visitproc visit, void* arg) const {
+    for (const Ref* ref : {&key, &result}) Py_VISIT(static_cast<PyObject*>(*ref));
+    for (const Fact& fact : facts)
+      for (const Ref* ref : {&fact.object, &fact.key, &fact.value}) Py_VISIT(static_cast<PyObject*>(*ref));
+    if (call)
+      for (const Ref* ref : {&call->weight, &call->bias, &call->A, &call->B, &call->scaling})
+        Py_VISIT(static_cast<PyObject*>(*ref));
+    return 0;
+  }
 };
 
 struct Layer {
   Ref weak;
+  PyObject* keeper;  // borrowed from the layer's dictionary
   std::vector<size_t> slots;
 };
 
@@ -123,10 +140,10 @@ void fetch(const T* from, size_t count) {
   for (size_t i = 0; i < count * sizeof(T); i += kLine) fetch(start + i);
 }
 
-// Fetch what the state after this one will read, and where its successor says what that will.
-void fetch_after(size_t slot) {
-  const State* state = at(slot);
-  const State* next = state ? at(state->next) : nullptr;
+// Fetch what the state will read that followed the last one the last time, and where its successor says what that will.
+void fetch_ahead() {
+  const State* before = at(last);
+  const State* next = before ? at(before->next) : nullptr;
   if (!next) return;
   for (const char* line : next->lines) fetch(line);
   fetch(next->facts.data(), next->facts.size());
@@ -181,7 +198,7 @@ private:
 std::vector<const char*> lines_of(const State& state) {
   Lines lines;
   for (const Fact& fact : state.facts) {
-    if (fact.key == Py_None)
+    if (fact.is_type())
       lines.add(fact.object);
     else
       lines.add_container(fact.object);
@@ -212,6 +229,65 @@ PyObject* layer_died(PyObject* address, PyObject*) {
 }
 
 PyMethodDef layer_died_method = {"layer_died", layer_died, METH_O, nullptr};
+
+// What a layer's dictionary holds for its states: it tells the garbage collector what they refer to, often the layer
+// itself. A copy of the dictionary refers to the same keeper, which stays that of the one layer.
+constexpr const char* kKeeper = "_lora_kernels_states";
+
+struct Keeper {
+  PyObject_HEAD PyObject* layer;
+};
+
+Layer* kept_by(PyObject* keeper) {
+  auto entry = layers.find(reinterpret_cast<Keeper*>(keeper)->layer);
+  return entry == layers.end() || entry->second.keeper != keeper ? nullptr : &entry->second;
+}
+
+int keeper_traverse(PyObject* self, visitproc visit, void* arg) {
+  Py_VISIT(reinterpret_cast<PyObject*>(Py_TYPE(self)));
+  if (const Layer* layer = kept_by(self))
+    for (size_t slot : layer->slots)
+      if (int stop = states[slot]->visit(visit, arg)) return stop;
+  return 0;
+}
+
+int keeper_clear(PyObject* self) {
+  if (kept_by(self)) forget(reinterpret_cast<Keeper*>(self)->layer);
+  return 0;
+}
+
+void keeper_dealloc(PyObject* self) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(self));
+  PyObject_GC_UnTrack(self);
+  keeper_clear(self);
+  PyObject_GC_Del(self);
+  Py_DECREF(type);
+}
+
+// A deep copy or a pickled layer has no states: None in their place.
+PyObject* keeper_reduce(PyObject*, PyObject*) {
+  return Py_BuildValue("O()", reinterpret_cast<PyObject*>(Py_TYPE(Py_None)));
+}
+
+PyMethodDef keeper_methods[] = {{"__reduce__", keeper_reduce, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+PyType_Slot keeper_slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(keeper_traverse)},
+                              {Py_tp_clear, reinterpret_cast<void*>(keeper_clear)},
+                              {Py_tp_dealloc, reinterpret_cast<void*>(keeper_dealloc)},
+                              {Py_tp_methods, keeper_methods},
+                              {0, nullptr}};
+PyType_Spec keeper_spec = {"lora_kernels._C.Keeper", sizeof(Keeper), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+                           keeper_slots};
+
+Ref new_keeper(PyObject* layer) {
+  if (!keeper_type) keeper_type = PyType_FromSpec(&keeper_spec);
+  Keeper* keeper = keeper_type ? PyObject_GC_New(Keeper, reinterpret_cast<PyTypeObject*>(keeper_type)) : nullptr;
+  if (!keeper) return Ref();
+  keeper->layer = layer;
+  PyObject_GC_Track(keeper);
+  return Ref::taken(reinterpret_cast<PyObject*>(keeper));
+}
+
+Ref dictionary_of(PyObject* layer) { return Ref::taken(PyObject_GetAttrString(layer, "__dict__")); }
 
 Ref weak_reference(PyObject* layer) {
   Ref address = Ref::taken(PyLong_FromVoidPtr(layer));
@@ -249,7 +325,7 @@ PyObject* connect_layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2 || !PyTuple_Check(args[1])) return type_error("connect_layers takes an object and a tuple");
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);
   hooks = args[0];
-  watchers = args[1];
+  repeat_watchers = args[1];
   Py_RETURN_NONE;
 }
 
@@ -272,12 +348,17 @@ PyObject* remember(PyObject*, PyObject* const* args, Py_ssize_t count) {
     state->call = call_of(args[5]);
     if (!PyList_Check(state->call->A) || !PyList_Check(state->call->B)) return type_error("A and B must be lists");
   }
-  Ref weak = weak_reference(args[0]);
   if (PyErr_Occurred()) return nullptr;
+  Ref weak = weak_reference(args[0]);
+  Ref dictionary = weak ? dictionary_of(args[0]) : Ref(), keeper = dictionary ? new_keeper(args[0]) : Ref();
+  if (!keeper) return nullptr;
   if (connected()) state->lines = lines_of(*state);
 
+  if (layers.find(args[0]) == layers.end()) {
+    if (PyDict_SetItemString(dictionary, kKeeper, keeper) != 0) return nullptr;
+    layers[args[0]] = {std::move(weak), keeper, {}};
+  }
   Layer& layer = layers[args[0]];
-  if (!layer.weak) layer.weak = std::move(weak);
   auto same = [&](size_t slot) { return is_of(at(slot), args[0], args[1]); };
   auto replaced = std::find_if(layer.slots.begin(), layer.slots.end(), same);
   if (replaced == layer.slots.end() && layer.slots.size() == kMost) replaced = layer.slots.begin();
@@ -295,18 +376,22 @@ PyObject* remember(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 PyObject* recall(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2) return type_error("recall takes a layer and a key");
+  fetch_ahead();
   const State* state = find(args[0], args[1]);
   if (!state) Py_RETURN_NONE;
   if (!holds(*state)) {
     forget(args[0]);
     Py_RETURN_NONE;
   }
-  fetch_after(last);
   Py_INCREF(state->result);
   return state->result;
 }
 
 PyObject* forget(PyObject*, PyObject* layer) {
+  auto entry = layers.find(layer);
+  if (entry == layers.end()) Py_RETURN_NONE;
+  Ref dictionary = dictionary_of(layer), keeper = Ref::to(entry->second.keeper);
+  if (!dictionary || PyDict_DelItemString(dictionary, kKeeper) != 0) PyErr_Clear();
   forget(layer);
   Py_RETURN_NONE;
 }
@@ -318,25 +403,22 @@ PyObject* remembered(PyObject*, PyObject* layer) {
 
 PyObject* repeat(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) return type_error("repeat takes a layer, x and names");
-  if (!connected() || !watchers || any_says_yes(watchers)) Py_RETURN_NONE;
+  fetch_ahead();
+  if (!connected() || !repeat_watchers || any_says_yes(repeat_watchers)) Py_RETURN_NONE;
   try {
-    View x = view_of(args[1]);
+    View x = view_of_input(args[1]);
     PyObject *key = Py_None, *table = Py_None;
     if (args[2] != Py_None && !route(args[2], x, &key, &table)) {
       PyErr_Clear();
       Py_RETURN_NONE;
     }
     const State* state = find(args[0], key);
-    if (!state || !state->call || !holds(*state)) Py_RETURN_NONE;
+    if (!state || !state->call || !holds(*state)) Py_RETURN_NONE;  // `recall` forgets it
     const Call& call = *state->call;
     Ref weight = Ref::to(call.weight), bias = Ref::to(call.bias), A = Ref::to(call.A), B = Ref::to(call.B);
     Ref plan = Ref::to(table), scaling = Ref::to(table == Py_None ? Py_None : static_cast<PyObject*>(call.scaling));
-    size_t slot = last;
     // In there other threads may run and have the state forgotten.
-    Ref y = Ref::taken(linear_with(args[1], x, weight, bias, A, B, plan, scaling, call.scale));
-    if (!y) return nullptr;
-    fetch_after(slot);
-    return y.release();
+    return linear_with(args[1], x, weight, bias, A, B, plan, scaling, call.scale);
   } catch (const std::exception&) {  // Python's own forward words it
   } catch (const NeedsDispatcher&) {
   }

@@ -1,8 +1,8 @@
 // What was found out of a module, remembered with the facts it rests on, and recalled while these hold.
 //
 // Finding out what a PEFT layer is takes some hundred reads of its modules' dictionaries, and all of them have left the
-// caches when the model's next step comes to it. So the facts are held against the layer in one loop, and while one
-// layer works, what the next will read is fetched: a model calls its layers in the same order each step. The fetched
+// caches when the model's next step comes to it. So the facts are held against the layer in one loop, and before
+// anything else what the layer will read is fetched: a model calls its layers in the same order each step. The fetched
 // addresses are hints and no more; nothing is read through them.
 #pragma once
 
@@ -18,7 +18,8 @@ PyObject* connect_layers(PyObject*, PyObject* const* args, Py_ssize_t count);
 //   key: a tuple of strings, or None.
 //   hooks_made: the counter as it was before the layer was looked at.
 //   facts: a flat sequence of threes. `dictionary, key, value`: an entry, by identity (Ellipsis: none there);
-//     `object, None, type`: a type; `list, Ellipsis, tuple`: a list's items, by identity.
+//     `object, None, type`: a type; `list, Ellipsis, tuple`: a list's items, by identity; `dictionary, Ellipsis, ()`:
+//     it is empty.
 //   call: (weight, bias, A, B, scaling, scale), what `repeat` adds; or None, where it is to leave the layer to Python.
 PyObject* remember(PyObject*, PyObject* const* args, Py_ssize_t count);
 

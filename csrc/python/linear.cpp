@@ -9,7 +9,7 @@ namespace lora_kernels {
 namespace {
 
 PyObject* torch_linear = nullptr;
-PyObject* watchers = nullptr;
+PyObject* linear_watchers = nullptr;
 
 // A tensor [..., columns] like x, its elements not yet written.
 PyObject* new_output(PyObject* like, const View& x, int64_t columns) {
@@ -23,7 +23,7 @@ PyObject* new_output(PyObject* like, const View& x, int64_t columns) {
 
 PyObject* linear_with(PyObject* x_object, const View& x, PyObject* weight, PyObject* bias, PyObject* A, PyObject* B,
                       PyObject* plan, PyObject* scaling, double scale) {
-  if (!connected() || !torch_linear || watched() || any_says_yes(watchers)) throw NeedsDispatcher();
+  if (!connected() || !torch_linear || watched() || any_says_yes(linear_watchers)) throw NeedsDispatcher();
   Sequence listed_A(A), listed_B(B);
   View W = view_of(weight);
   OptionalView b = optional_view_of(bias), routed = optional_view_of(plan), scaled = optional_view_of(scaling);
@@ -51,7 +51,7 @@ PyObject* lora_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   double scale = PyFloat_AsDouble(args[5]);
   if (scale == -1.0 && PyErr_Occurred()) return nullptr;
   try {
-    return linear_with(args[0], view_of(args[0]), args[1], args[2], args[3], args[4], Py_None, Py_None, scale);
+    return linear_with(args[0], view_of_input(args[0]), args[1], args[2], args[3], args[4], Py_None, Py_None, scale);
   } catch (const std::exception&) {
   } catch (const NeedsDispatcher&) {
   }
@@ -65,7 +65,7 @@ PyObject* connect_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   }
   for (Py_ssize_t i = 0; i < count; ++i) Py_INCREF(args[i]);
   torch_linear = args[0];
-  watchers = args[1];
+  linear_watchers = args[1];
   Py_RETURN_NONE;
 }
 

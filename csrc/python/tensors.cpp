@@ -7,7 +7,8 @@ namespace {
 
 const dlpack::Exchange* exchange = nullptr;
 PyObject* tensor_types = nullptr;  // exact types that are plain tensors
-PyObject* watchers = nullptr;      // functions; what one of them reports would not see a call made here
+PyObject* call_watchers = nullptr;
+PyObject* is_neg = nullptr;
 
 ScalarType element_type(dlpack::DataType type) {
   if (type.lanes == 1) {
@@ -31,7 +32,7 @@ bool is_plain(PyObject* object) {
 
 bool connected() { return exchange; }
 
-bool watched() { return any_says_yes(watchers); }
+bool watched() { return any_says_yes(call_watchers); }
 
 bool any_says_yes(PyObject* functions) {
   for (Py_ssize_t i = 0, n = PyTuple_Size(functions); i < n; ++i) {
@@ -70,6 +71,14 @@ View view_of(PyObject* object) {
   return view;
 }
 
+View view_of_input(PyObject* object) {
+  View view = view_of(object);
+  Ref answer = Ref::taken(PyObject_CallFunctionObjArgs(is_neg, object, nullptr));
+  if (!answer) PyErr_Clear();
+  if (answer != Py_False) throw NeedsDispatcher();
+  return view;
+}
+
 OptionalView optional_view_of(PyObject* object) {
   return object == Py_None ? OptionalView() : OptionalView(view_of(object));
 }
@@ -93,8 +102,8 @@ Sequence::~Sequence() {
 }
 
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 3 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
-    PyErr_SetString(PyExc_TypeError, "connect takes a capsule and two tuples");
+  if (count != 4 || !PyTuple_Check(args[1]) || !PyTuple_Check(args[2])) {
+    PyErr_SetString(PyExc_TypeError, "connect takes a capsule, two tuples and a function");
     return nullptr;
   }
   auto* offered = static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(args[0], "dlpack_exchange_api"));
@@ -102,10 +111,10 @@ PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count) {
   while (offered && offered->major != 1) offered = offered->older;
   if (!offered || !offered->view_of_object) Py_RETURN_FALSE;
   exchange = offered;
-  Py_INCREF(args[1]);
-  Py_INCREF(args[2]);
+  for (Py_ssize_t i = 1; i < count; ++i) Py_INCREF(args[i]);
   tensor_types = args[1];
-  watchers = args[2];
+  call_watchers = args[2];
+  is_neg = args[3];
   Py_RETURN_TRUE;
 }
 

@@ -44,11 +44,13 @@ bool connected();
 // Whether something is on in this thread that is to see the ops called.
 bool watched();
 
-// Whether one of the functions in the tuple answers what is true in Python, or fails.
+// Whether one of the functions in the tuple answers what is true in Python, or raises, which is cleared.
 bool any_says_yes(PyObject* functions);
 
-// A view of a plain tensor on the CPU; NeedsDispatcher for any other object.
+// A view of a plain tensor on the CPU; NeedsDispatcher for any other object. A tensor that torch negates when it is
+// read looks plain; only the second form asks, for what an op is given anew at each call.
 View view_of(PyObject* object);
+View view_of_input(PyObject* object);
 OptionalView optional_view_of(PyObject* object);
 
 // Views of a list or tuple of tensors, which it keeps alive.
@@ -67,8 +69,9 @@ struct WithoutGIL {
   ~WithoutGIL() { PyEval_RestoreThread(state); }
 };
 
-// connect(capsule, types, watchers) -> bool: read tensors of these exact types as the capsule offers, if it does.
-// `watchers`: functions; what one of them reports would not see a call made here.
+// connect(capsule, types, watchers, is_neg) -> bool: read tensors of these exact types as the capsule offers, if it
+// does. `watchers`: functions; what one of them reports would not see a call made here. `is_neg`: whether a tensor is
+// negated lazily.
 PyObject* connect(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 }  // namespace lora_kernels

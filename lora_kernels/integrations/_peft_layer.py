@@ -19,14 +19,13 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
-from torch.nn.modules import module as _globals
 
 from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops.low_rank import _call, _LoRALinear, _multi_lora, lora_add_
 from ..select import choose
 from ._peft_batch import NAMES, Names
-from ._peft_state import forget, look, recall, repeat, split
+from ._peft_state import GLOBAL_HOOKS, forget, look, recall, repeat, split
 
 logger = logging.getLogger("lora_kernels")
 
@@ -36,8 +35,6 @@ INACTIVE = "base layer only: no active adapter here"
 BASE_ONLY = frozenset({DISABLED, MERGED, INACTIVE})
 
 _autocast = torch._C._is_any_autocast_enabled
-_forward_pre_hooks, _forward_hooks = _globals._global_forward_pre_hooks, _globals._global_forward_hooks
-_backward_pre_hooks, _backward_hooks = _globals._global_backward_pre_hooks, _globals._global_backward_hooks
 _compiled = extension_error is None
 _add, _native = lora_add_.overload, lora_add_.native
 
@@ -67,6 +64,11 @@ class FusedMixin:
         return y
 
     forward.takes_names = True  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """``Module._apply``, as ``to`` and its kin call it; the states let go of the weights."""
+        forget(self)  # type: ignore[arg-type]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; the states let go of the adapter's weights."""
@@ -143,14 +145,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
 
 def _unusual() -> Any:
     """Whether something is on in this thread that a call of PEFT's modules would see and the kernels would not."""
-    return (
-        _forward_hooks
-        or _forward_pre_hooks
-        or _backward_hooks
-        or _backward_pre_hooks
-        or _autocast()
-        or forward_ad._current_level >= 0
-    )
+    return any(GLOBAL_HOOKS) or _autocast() or forward_ad._current_level >= 0
 
 
 def _altered(d: dict) -> Any:

@@ -3,7 +3,8 @@
 Finding it out takes some hundred reads, and it must cost a microsecond or two with the layer's objects in no cache. So
 each dictionary entry and type that was read is noted beside the result, and the compiled extension holds these facts
 against the layer as it is at the next call, in one loop (``csrc/python/layers.h``). A hook that is registered moves a
-counter, which is held against what it was.
+counter, which is held against what it was. What is kept belongs to the entry ``_lora_kernels_states`` of the layer's
+``__dict__``, which :func:`forget` takes away.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
+from torch.nn.modules import module as _globals
 from torch.utils.hooks import RemovableHandle
 
 from ..ops._dispatch import extension, forced_backend
 from ._peft_batch import plain_tensors
 
 ABSENT = ...  # the value of a fact where the dictionary lacks the key
-ITEMS = ...  # the key of a fact about a list's items
+ITEMS = ...  # the key of a fact about a list's items, or about an empty dictionary
+
+#: Hooks of every module, empty while a patched layer runs fast.
+GLOBAL_HOOKS = (
+    _globals._global_forward_hooks,
+    _globals._global_forward_pre_hooks,
+    _globals._global_backward_hooks,
+    _globals._global_backward_pre_hooks,
+)
 
 Wanted = tuple[str, ...] | None  # the adapters of a mixed batch; None: the layer's active ones
 
@@ -45,6 +55,8 @@ def recall(layer: Module, wanted: Wanted) -> State | None:
     state = extension.recall(layer, wanted)
     if state is None:
         facts: list[Any] = [vars(forward_ad), "_current_level", forward_ad._current_level]
+        for hooks in GLOBAL_HOOKS:
+            facts.extend((hooks, ITEMS, ()))
         hooks_made = RemovableHandle.next_id
         state = look(layer, wanted, facts)
         if state is not None:
@@ -104,6 +116,8 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
         kind, d = type(module), module.__dict__
         facts.extend((module, None, kind))
         hooks = [read(d, key) for key in ("_forward_hooks", "_forward_pre_hooks")]
+        for held in hooks:
+            facts.extend((held, ITEMS, ()))
         return kind in kinds and read(d, "forward") is ABSENT and not any(hooks)
 
     def parameters(module: Module) -> tuple[Any, Any]:

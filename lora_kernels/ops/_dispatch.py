@@ -52,7 +52,7 @@ def _load_extension() -> tuple[Any, str | None]:
             raise ValueError(f"LORA_KERNELS_ISA={isa}: this machine has {', '.join(here)}")
         torch.ops.lora_kernels_C.set_isa(isa)
     if (exchange := getattr(Tensor, "__dlpack_c_exchange_api__", None)) is not None:
-        extension.connect(exchange, (Tensor, Parameter), _WATCHERS)
+        extension.connect(exchange, (Tensor, Parameter), _WATCHERS, Tensor.is_neg)
         extension.connect_linear(torch.nn.functional.linear, (torch._C._is_any_autocast_enabled,))
     return extension, None
 

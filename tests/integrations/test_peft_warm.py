@@ -22,6 +22,9 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.use
 needs_extension = pytest.mark.skipif(extension is None, reason="nothing is kept without the compiled extension")
 
 
+KEEPER = "_lora_kernels_states"
+
+
 def kept(layer):
     """How many states are kept of the layer."""
     return extension.remembered(layer)
@@ -204,11 +207,46 @@ def test_a_warm_model_dies_with_its_last_reference():
     assert not gc_needed
 
 
+def owner(up):
+    up.base_layer.owner = up
+
+
+def hook_that_knows(up):
+    up.register_forward_hook(lambda module, args, y: up and None)
+
+
+def accelerate_hook(up):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(up, hooks.ModelHook())
+
+
+@pytest.mark.parametrize("tie", (owner, hook_that_knows, accelerate_hook))
+def test_a_warm_layer_that_refers_to_itself_dies(tie):
+    _, model, _ = both(net())
+    up = up_of(model)
+    tie(up)
+    for _ in range(2):
+        warm(model)
+    gone = weakref.ref(up), weakref.ref(up.lora_A.default.weight)
+    del up, model
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+
+
+def test_lets_go_of_what_moves():
+    _, model, _ = both(net())
+    warm(model)
+    gone = weakref.ref(up_of(model).base_layer.weight)
+    model.to("meta")
+    gc.collect()
+    assert gone() is None
+
+
 @needs_extension
 def test_copies_and_unpatching():
     oracle, model, handle = both(adapters())
     warm(model)
-    assert up_of(model).__dict__.keys() == up_of(oracle).__dict__.keys()
+    assert up_of(model).__dict__.keys() - up_of(oracle).__dict__.keys() == {KEEPER}
     x = torch.randn(4, K)
     shallow = copy.copy(up_of(model))
     shallow.scaling = {name: 0.0 for name in shallow.scaling}
@@ -219,6 +257,7 @@ def test_copies_and_unpatching():
             up_of(clone).lora_B.default.weight.data.zero_()
             close(up_of(clone)(x), up_of(oracle).base_layer(x))
     handle.unpatch()
+    assert up_of(model).__dict__.keys() == up_of(oracle).__dict__.keys()
     assert not kept(up_of(model))
 
 
@@ -234,6 +273,27 @@ def test_hooks_set_aside_and_put_back(calls):
         calls.take()
         assert not torch.allclose(model(x), without)
     assert calls.take() == (1, 1)
+
+
+@pytest.mark.parametrize("globally", (False, True))
+def test_hooks_taken_out_and_put_back(calls, globally):
+    """Of the dictionary that holds them, which stays the same one."""
+    _, model, _ = both(net())
+    held = torch.nn.modules.module._global_forward_hooks if globally else up_of(model).base_layer._forward_hooks
+    other = nn.Linear(1, 1).register_forward_hook(lambda m, args, y: None)
+    hook = {other.id: lambda m, args, y: y + 1 if m is up_of(model).base_layer else None}
+    x = torch.randn(4, K)
+    with torch.no_grad():
+        for _ in range(2):
+            without = model(x)
+        calls.take()
+        held.update(hook)
+        try:
+            assert not torch.allclose(model(x), without)
+        finally:
+            held.clear()
+        assert calls.take()[1] > 0
+        assert torch.equal(model(x), without)
 
 
 def test_backward_hook_that_is_gone(calls):

@@ -72,6 +72,7 @@ OTHERS = {
     "factors to be copied": lambda a: {"A": (torch.randn(L, R * 2, K * 2)[:, ::2, ::2],)},
     "ids to be copied": lambda a: {"ids": a["ids"].repeat_interleave(2)[::2]},
     "a negative view": lambda a: {"x": torch.randn(M, K, dtype=torch.complex64).conj().imag},
+    "a negative view of odd strides": lambda a: {"x": torch._neg_view(torch.randn(M, K + 1)[:, :K])},
     "a negative view of one number": lambda a: {
         "A": (torch.randn(L, 1, K),),
         "B": (torch.randn(L, 1, 1, dtype=torch.complex64).conj().imag,),
@@ -121,8 +122,8 @@ def test_bad_arguments():
 
 def test_what_offers_no_tensors_is_refused():
     for nothing in (object(), None):
-        assert _dispatch.extension.connect(nothing, (), ()) is False
-    with pytest.raises(TypeError, match="a capsule and two tuples"):
+        assert _dispatch.extension.connect(nothing, (), (), torch.Tensor.is_neg) is False
+    with pytest.raises(TypeError, match="a capsule, two tuples"):
         _dispatch.extension.connect(None)
     assert taken_now(arguments())
 

@@ -1,6 +1,8 @@
 """States of modules, kept by the extension: recalled while their facts hold, and repeated in one compiled call."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -38,15 +40,16 @@ class TestRecall:
     def test_facts(self):
         """An entry, its absence, a type and a list's items; once one is broken all is forgotten."""
         layer, thing, held = Layer(), Layer(), [1000, "a"]
-        holder = {"key": 1000.5, "none": None}
+        holder, hooks = {"key": 1000.5, "none": None}, {}
         facts = [holder, "key", holder["key"], holder, "none", None, holder, "absent", ..., thing, None, Layer,
-                 held, ..., tuple(held)]  # fmt: skip
+                 held, ..., tuple(held), hooks, ..., ()]  # fmt: skip
         for break_it, mend in (
             (lambda: holder.update(key=float("1000.5")), lambda: holder.update(key=facts[2])),  # equal, but another
             (lambda: holder.pop("key"), lambda: holder.update(key=facts[2])),
             (lambda: holder.update(none=False), lambda: holder.update(none=None)),
             (lambda: holder.update(absent=None), lambda: holder.pop("absent")),
             (lambda: setattr(thing, "__class__", nn.Module), lambda: setattr(thing, "__class__", Layer)),
+            (lambda: hooks.update(a=1), lambda: hooks.clear()),
             (lambda: held.append("b"), lambda: held.pop()),
             (lambda: held.reverse(), lambda: held.reverse()),
             (lambda: held.pop(), lambda: held.append("a")),
@@ -108,6 +111,37 @@ class TestRecall:
         gc.collect()
         assert gone() is None
 
+    def test_cycles_are_collected(self):
+        """Through whatever a state refers to: the facts, the state itself, the call."""
+        for tied in (
+            lambda layer: dict(facts=[layer.__dict__, "key", ...]),
+            lambda layer: dict(state=[layer]),
+            lambda layer: dict(call=(layer, None, [], [], None, 1.0)),
+        ):
+            layer = Layer()
+            remember(layer, ("key",), **tied(layer))
+            gone = weakref.ref(layer)
+            del layer
+            gc.collect()
+            assert gone() is None
+
+    def test_copies(self):
+        """A copy has no states, and what happens to it is nothing to the layer it was copied from."""
+        layer = Layer()
+        remember(layer)
+        shallow = copy.copy(layer)
+        for other in (shallow, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert C.remembered(other) == 0
+            assert C.recall(other, None) is None
+            remember(other, state="other")
+            C.forget(other)
+            assert C.recall(layer, None) == "state"
+        second = copy.copy(layer)
+        gone = weakref.ref(layer)
+        del layer
+        assert gone() is None
+        assert C.remembered(second) == 0
+
     def test_what_is_let_go_may_call_back(self):
         layers = [Layer() for _ in range(3)]
 
@@ -130,7 +164,8 @@ class TestRecall:
         for wrong in (
             (), (layer,), (layer, None, 0, None, tuple(facts), None), (layer, None, 0, None, facts[:2], None),
             (layer, None, 0, None, [layer, "key", ...], None), (layer, None, 0, None, [layer, ..., ()], None),
-            (layer, None, 0, None, [[], ..., []], None), (layer, None, 0, None, facts, (1, 2)),
+            (layer, None, 0, None, [[], ..., []], None), (layer, None, 0, None, [{}, ..., (1,)], None),
+            (layer, None, 0, None, facts, (1, 2)),
             (layer, None, "0", None, facts, None), (1, None, 0, None, facts, None),
             (layer, None, 0, None, facts, (None, None, (), (), None, 1.0)),
             (layer, None, 0, None, facts, (None, None, [], [], None, "1")),
