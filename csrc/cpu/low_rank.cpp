@@ -125,10 +125,6 @@ void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, in
   sort_pairs(of_pair, adapters, p + 2, p + 3 + adapters);
 }
 
-}  // namespace
-
-namespace {
-
 // The arguments that both forms share, checked against each other.
 struct Added {
   Matrix x;
@@ -183,6 +179,7 @@ void low_rank_linear(const View& y, const View& x, const View& W, const View* bi
   Added added(y, x, A, B);
   Routing routing(nullptr, nullptr, plan, added.x.rows, added.A.adapters, 1);
   Scales scales(scaling, scale, added.A.slices, added.A.adapters);
+  // Another thread may have chosen another instruction set meanwhile.
   STD_TORCH_CHECK(takes_linear(x, W, bias) && W.sizes[0] == added.y.columns && added.y.dtype == DType::bf16 &&
                       !added.y.copy && !added.A.stacked,
                   "base layer");
