@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _HOME = {
-    "ops.low_rank": (
-        "bgmv", "sgmv", "bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand", "multi_lora", "lora_linear",
-    ),
+    "ops.low_rank": ("bgmv", "sgmv", "bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand", "multi_lora"),
+    "ops.lora_linear": ("lora_linear",),
     "ops._dispatch": ("backend",),
     "plan": ("BatchPlan",),
     "integrations.peft": ("patch",),
@@ -36,11 +35,11 @@ if TYPE_CHECKING:
     from ._info import info
     from .integrations.peft import patch
     from .ops._dispatch import backend
+    from .ops.lora_linear import lora_linear
     from .ops.low_rank import (
         bgmv,
         bgmv_expand,
         bgmv_shrink,
-        lora_linear,
         multi_lora,
         sgmv,
         sgmv_expand,

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops.low_rank import lora_linear, multi_lora
+from ..ops.lora_linear import lora_linear
+from ..ops.low_rank import multi_lora
 from ..plan import BatchPlan
 
 
