@@ -19,8 +19,7 @@ from lora_kernels.demo.model import quiet
 pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from lora_kernels.integrations._peft_batch import NAMES as NAMES_KEY  # noqa: E402  (it needs PEFT)
-from lora_kernels.integrations._peft_batch import Names  # noqa: E402
+from lora_kernels.integrations._peft_batch import NAMES as LAYERS_NAMES  # noqa: E402  (it needs PEFT)
 
 BF16, MASTERS = "bf16", "fp32 masters"
 BASE, PEFT, ADDMM, TOUCH, IDLE = "base model", "PEFT", "addmm", "torch + touch", "no adapter"
@@ -62,22 +61,12 @@ def touch_forward(linear, storage, x):
 
 def idle_step(step, model, tokens, mixed):
     """The patched model finds its layers' states and a routing by which no row has an adapter."""
-    adapters = NAMES if mixed else NAMES[:1]
-    names = Names(NAMES if mixed else ROWS * NAMES[:1])
+    adapters = tuple(NAMES if mixed else NAMES[:1])
     ids = torch.full((ROWS * tokens,), -1, dtype=torch.int32)
-    names._routings[len(ids)] = (tuple(adapters), lk.BatchPlan.from_ids(ids, len(adapters)).table)
-    layers = [layer.__dict__ for layer in lora_layers(model).values()]
-    before = layers[0].get(NAMES_KEY)
-    for d in layers:
-        d[NAMES_KEY] = names
-    try:
-        return step(model)
-    finally:
-        for d in layers:
-            if before is None:
-                del d[NAMES_KEY]
-            else:
-                d[NAMES_KEY] = before
+    with model._enable_peft_forward_hooks(adapter_names=NAMES if mixed else ROWS * NAMES[:1]):
+        names = next(iter(lora_layers(model).values())).__dict__[LAYERS_NAMES]  # the one that all layers share
+        names._routings[len(ids)] = adapters, lk.BatchPlan.from_ids(ids, len(adapters)).table
+        return step(model.get_base_model())
 
 
 def factors(layer, tokens, mixed):
@@ -169,7 +158,7 @@ def step_case(request, rounds):
             TOUCH: models.touched,
         }
         steps = {name: partial(step, model) for name, model in timed.items()}
-        steps[IDLE] = partial(idle_step, step, timed[OURS], tokens, mixed)
+        steps[IDLE] = partial(idle_step, step, models.patched, tokens, mixed)
         return compare(
             f"step, {ROWS} × {tokens}, {'mixed' if mixed else 'one adapter'}, {adapters}",
             steps,
