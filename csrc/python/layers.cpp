@@ -352,7 +352,7 @@ PyObject* remember(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Ref weak = weak_reference(args[0]);
   Ref dictionary = weak ? dictionary_of(args[0]) : Ref(), keeper = dictionary ? new_keeper(args[0]) : Ref();
   if (!keeper) return nullptr;
-  if (connected()) state->lines = lines_of(*state);
+  state->lines = lines_of(*state);
 
   if (layers.find(args[0]) == layers.end()) {
     if (PyDict_SetItemString(dictionary, kKeeper, keeper) != 0) return nullptr;
@@ -404,7 +404,7 @@ PyObject* remembered(PyObject*, PyObject* layer) {
 PyObject* repeat(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3) return type_error("repeat takes a layer, x and names");
   fetch_ahead();
-  if (!connected() || !repeat_watchers || any_says_yes(repeat_watchers)) Py_RETURN_NONE;
+  if (!repeat_watchers || any_says_yes(repeat_watchers)) Py_RETURN_NONE;
   try {
     View x = view_of_input(args[1]);
     PyObject *key = Py_None, *table = Py_None;

@@ -23,7 +23,7 @@ PyObject* new_output(PyObject* like, const View& x, int64_t columns) {
 
 PyObject* linear_with(PyObject* x_object, const View& x, PyObject* weight, PyObject* bias, PyObject* A, PyObject* B,
                       PyObject* plan, PyObject* scaling, double scale) {
-  if (!connected() || !torch_linear || watched() || any_says_yes(linear_watchers)) throw NeedsDispatcher();
+  if (!torch_linear || watched() || any_says_yes(linear_watchers)) throw NeedsDispatcher();
   Sequence listed_A(A), listed_B(B);
   View W = view_of(weight);
   OptionalView b = optional_view_of(bias), routed = optional_view_of(plan), scaled = optional_view_of(scaling);
@@ -47,7 +47,6 @@ PyObject* lora_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyErr_SetString(PyExc_TypeError, "lora_linear takes 6 arguments");
     return nullptr;
   }
-  if (!connected()) Py_RETURN_NONE;
   double scale = PyFloat_AsDouble(args[5]);
   if (scale == -1.0 && PyErr_Occurred()) return nullptr;
   try {

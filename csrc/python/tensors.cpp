@@ -50,7 +50,7 @@ bool any_says_yes(PyObject* functions) {
 
 View view_of(PyObject* object) {
   dlpack::Tensor t;
-  if (!is_plain(object)) throw NeedsDispatcher();
+  if (!exchange || !is_plain(object)) throw NeedsDispatcher();
   if (exchange->view_of_object(object, &t) != 0) {
     PyErr_Clear();
     throw NeedsDispatcher();

@@ -38,17 +38,17 @@ private:
   PyObject* object_ = nullptr;
 };
 
-// Whether Python gave what it takes to read tensors; without it nothing here may be called.
+// Whether Python gave what it takes to read tensors.
 bool connected();
 
-// Whether something is on in this thread that is to see the ops called.
+// Whether something is on in this thread that is to see the ops called; once connected.
 bool watched();
 
 // Whether one of the functions in the tuple answers what is true in Python, or raises, which is cleared.
 bool any_says_yes(PyObject* functions);
 
-// A view of a plain tensor on the CPU; NeedsDispatcher for any other object. A tensor that torch negates when it is
-// read looks plain; only the second form asks, for what an op is given anew at each call.
+// A view of a plain tensor on the CPU; NeedsDispatcher for any other object, and where nothing is connected. The second
+// form asks torch, too, whether it negates the tensor when it is read, which the first can only guess from the strides.
 View view_of(PyObject* object);
 View view_of_input(PyObject* object);
 OptionalView optional_view_of(PyObject* object);
