@@ -9,7 +9,9 @@ from .ops import _check
 from .ops._dispatch import Op
 from .reference import low_rank as reference
 
-lora_plan_ = Op(reference.lora_plan_, mutates=("table",), fake=lambda table, ids, indptr, num_adapters: None)
+lora_plan_ = Op(
+    reference.lora_plan_, mutates=("table",), fake=lambda table, ids, indptr, num_adapters, order=None: None
+)
 
 
 class BatchPlan:
@@ -18,19 +20,26 @@ class BatchPlan:
     Taken wherever a function takes ``adapter_ids`` (or ``seg_indptr, adapter_ids``); build it once a step instead of
     once a layer. The module ``lora_kernels.reference.low_rank`` describes the table.
 
+    The rows may be told in three forms: an id a row; an id a segment of rows; or either of them in another order, as
+    engines do that sort a batch by adapter: then the ids or segments are of rows ``order[0], order[1], ...``
+
     Attributes:
         table: int32 ``[3 + L + capacity]``, the grouping itself.
         num_adapters: L.
-        num_pairs: pairs of a row and an adapter it holds now: M, or M * k for a mixture.
+        capacity: how many pairs of a row and an adapter it has room for.
     """
 
-    __slots__ = ("capacity", "num_adapters", "num_pairs", "table")
+    __slots__ = ("capacity", "num_adapters", "table")
 
-    def __init__(self, table: Tensor, capacity: int, num_adapters: int, num_pairs: int):
+    def __init__(self, table: Tensor, capacity: int, num_adapters: int):
         self.table = table
         self.capacity = capacity
         self.num_adapters = num_adapters
-        self.num_pairs = num_pairs
+
+    @property
+    def num_pairs(self) -> int:
+        """The pairs of a row and an adapter it is of now: M, or M * k for a mixture. Synchronises a GPU."""
+        return int(self.table[0])
 
     @classmethod
     def empty(cls, capacity: int, num_adapters: int, device: torch.device | str = "cpu") -> BatchPlan:
@@ -44,45 +53,54 @@ class BatchPlan:
                 raise ValueError(f"{name} must be an int >= 0, got {value!r}")
         table = torch.zeros(3 + num_adapters + capacity, dtype=torch.int32, device=device)
         table[1:2].fill_(num_adapters)
-        return cls(table, capacity, num_adapters, 0)
+        return cls(table, capacity, num_adapters)
 
     @classmethod
-    def from_ids(cls, adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
-        """The plan of ``adapter_ids``: int32 or int64 ``[M]``, or ``[M, k]`` for a mixture; -1 = no adapter."""
-        _check.ids(adapter_ids, "adapter_ids", num_adapters)
-        plan = cls.empty(adapter_ids.numel(), num_adapters, adapter_ids.device)
-        plan._write(adapter_ids, None, adapter_ids.numel())
-        return plan
+    def from_ids(cls, adapter_ids: Tensor, num_adapters: int, *, order: Tensor | None = None) -> BatchPlan:
+        """The plan of ``adapter_ids``: int32 or int64 ``[M]``, or ``[M, k]`` for a mixture; -1 = no adapter.
+
+        Args:
+            order: int32 or int64 ``[M]``, a permutation: the row that each id is of. On a GPU it is not checked.
+        """
+        _check.tensor("adapter_ids", adapter_ids)
+        return cls.empty(adapter_ids.numel(), num_adapters, adapter_ids.device).update_(adapter_ids, order=order)
 
     @classmethod
-    def from_segments(cls, seg_indptr: Tensor, adapter_ids: Tensor, num_adapters: int) -> BatchPlan:
+    def from_segments(
+        cls, seg_indptr: Tensor, adapter_ids: Tensor, num_adapters: int, *, order: Tensor | None = None
+    ) -> BatchPlan:
         """The plan of segments: rows ``seg_indptr[i]`` to ``seg_indptr[i + 1]`` use ``adapter_ids[i]``.
 
-        Reads the number of rows from ``seg_indptr``, which synchronises a GPU once.
+        Without an ``order`` it reads the number of rows from ``seg_indptr``, which synchronises a GPU once;
+        :meth:`update_` never does.
         """
-        rows = _check.segments(seg_indptr, adapter_ids, num_adapters)
+        rows = _check.segments(seg_indptr, adapter_ids, num_adapters, None if order is None else order.numel())
         plan = cls.empty(rows, num_adapters, adapter_ids.device)
-        plan._write(adapter_ids, seg_indptr, rows)
-        return plan
+        return plan.update_(adapter_ids, seg_indptr=seg_indptr, order=order)
 
-    def update_(self, adapter_ids: Tensor) -> BatchPlan:
-        """Take the plan of other ids, in place: no allocation, so a captured graph that reads it stays right.
+    def update_(
+        self, adapter_ids: Tensor, *, seg_indptr: Tensor | None = None, order: Tensor | None = None
+    ) -> BatchPlan:
+        """Take the plan of other ids or segments, in place: no allocation, so a captured graph stays right.
 
         Raises:
-            ValueError: more ids than the plan has room for.
-            IndexError: an id is not below ``num_adapters``; the plan stays as it was.
+            ValueError: more rows than the plan has room for, or ``order`` is no permutation of them.
+            IndexError: an id is not below ``num_adapters``. The plan stays as it was in all cases.
         """
-        _check.ids(adapter_ids, "adapter_ids", self.num_adapters)
-        if adapter_ids.numel() > self.capacity:
-            raise ValueError(f"adapter_ids has {adapter_ids.numel()} entries, the plan has room for {self.capacity}")
+        if seg_indptr is None:
+            _check.ids(adapter_ids, "adapter_ids", self.num_adapters)
+            rows = adapter_ids.numel()
+        else:
+            rows = self.capacity if order is None else order.numel()
+            _check.segments(seg_indptr, adapter_ids, self.num_adapters, rows)
+        if rows > self.capacity:
+            raise ValueError(f"adapter_ids has {rows} entries, the plan has room for {self.capacity}")
         if adapter_ids.device != self.table.device:
             raise ValueError(f"adapter_ids is on {adapter_ids.device}, the plan on {self.table.device}")
-        self._write(adapter_ids, None, adapter_ids.numel())
+        if order is not None:
+            _check.permutation("order", order, rows, adapter_ids)
+        lora_plan_(self.table, adapter_ids, seg_indptr, self.num_adapters, order)
         return self
 
-    def _write(self, ids: Tensor, indptr: Tensor | None, num_pairs: int) -> None:
-        lora_plan_(self.table, ids, indptr, self.num_adapters)
-        self.num_pairs = num_pairs
-
     def __repr__(self) -> str:
-        return f"BatchPlan(num_pairs={self.num_pairs}, num_adapters={self.num_adapters}, capacity={self.capacity})"
+        return f"BatchPlan(num_adapters={self.num_adapters}, capacity={self.capacity}, device={self.table.device})"

@@ -58,12 +58,14 @@ class ShrinkTiles:
     """How the Triton shrink cuts its work.
 
     K is summed in ``chunks`` chunks of ``chunk``, which depend on K and the dtypes alone, since they are what decides a
-    row's bits; ``split`` programs share them.
+    row's bits; ``split`` programs share them. A program takes ``block_r`` ranks of one slice, or, where ``slices`` is
+    more than 1, of all slices at once: a power of two.
     """
 
     block_m: int
     block_k: int
     block_r: int
+    slices: int
     chunk: int
     chunks: int
     split: int
@@ -85,8 +87,9 @@ class ExpandTiles:
 
 @dataclass(frozen=True)
 class OuterTiles:
-    """How the Triton outer products cut their work."""
+    """How the Triton outer products cut their work; a tile is up to ``size`` pairs of one adapter."""
 
+    size: int
     block_p: int
     block_u: int
     block_w: int
@@ -94,8 +97,26 @@ class OuterTiles:
     num_stages: int
 
 
-def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu) -> ShrinkTiles:
-    """For ``pairs`` rows over ``L`` adapters of ``[R, K]``; sizes are those that were fastest on an H100."""
+@dataclass(frozen=True)
+class ExpandGradTiles:
+    """How the Triton gradients of an expand cut their work; a tile is up to ``size`` pairs of one adapter.
+
+    Not ``fused``: what a single pass over dy leaves in memory between its kernels costs more than a second pass.
+    """
+
+    fused: bool
+    size: int
+    block_p: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+def shrink_tiles(
+    pairs: int, L: int, K: int, R: int, S: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu
+) -> ShrinkTiles:
+    """For ``pairs`` rows over ``L`` adapters of ``S`` slices ``[R, K]``; sizes were the fastest on an H100."""
     half = x == factors != torch.float32
     block_k = 128 if half else 64
     block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
@@ -104,11 +125,14 @@ def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: to
     tall = pairs > 256 and pairs >= 32 * L
     # 64 rows only there: Triton 3.6 does not compile the loop for Blackwell's tensor cores.
     block_m = (64 if half and gpu.capability[0] == 9 else 32) if tall else 16
-    stage = (block_m + block_r) * block_k * max(x.itemsize, factors.itemsize)
+    # Many rows of x are worth reading once for all slices; few come from the cache, and more programs are better.
+    together = _power_of_2(S) if tall and block_r >= R and _power_of_2(S) * block_r <= (128 if half else 32) else 1
+    stage = (block_m + together * block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
         block_m=block_m,
         block_k=block_k,
         block_r=block_r,
+        slices=together,
         chunk=chunk,
         chunks=chunks,
         split=chunks if pairs * R <= 32768 else 1,
@@ -117,22 +141,49 @@ def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: to
     )
 
 
-def expand_tiles(pairs: int, L: int, R: int, factors: torch.dtype) -> ExpandTiles:
-    """For ``pairs`` rows over ``L`` adapters of ``[N, R]``; sizes are those that were fastest on an H100."""
+def expand_tiles(pairs: int, L: int, R: int, terms: int, factors: torch.dtype) -> ExpandTiles:
+    """For ``pairs`` rows over ``L`` adapters of ``[N, R]``, ``terms`` of them summed into each column.
+
+    Sizes are those that were fastest on an H100, for one term.
+    """
     half = factors != torch.float32
     block_r = min(max(_power_of_2(R), 16), 64 if half else 32)
     if pairs > 256 and pairs >= 32 * L:
-        return ExpandTiles(block_m=32, block_n=64, block_r=block_r, group=8, num_warps=2, num_stages=3)
+        return ExpandTiles(
+            block_m=32,
+            block_n=64,
+            block_r=block_r,
+            group=8,
+            num_warps=2 if half and terms == 1 else 4,
+            num_stages=3 if terms == 1 else 2,
+        )
     return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4, num_stages=1)
 
 
-def outer_tiles(U: int, W: int) -> OuterTiles:
-    """For results ``[U, W]``."""
+def outer_tiles(U: int) -> OuterTiles:
+    """For results of ``U`` rows: tiles long enough for their partial results to be few beside what they read."""
+    block_u = min(max(_power_of_2(U), 16), 128)
     return OuterTiles(
+        size=512 if block_u <= 64 else 1024,
         block_p=32,
-        block_u=min(max(_power_of_2(U), 16), 64),
-        block_w=min(max(_power_of_2(W), 16), 64),
-        num_warps=4,
+        block_u=block_u,
+        block_w=128 if block_u <= 64 else 64,
+        num_warps=4 if block_u <= 64 else 8,
+        num_stages=2,
+    )
+
+
+def expand_grad_tiles(R: int, dy: torch.dtype, factors: torch.dtype) -> ExpandGradTiles:
+    """For dy of any width and factors of rank ``R``."""
+    half = dy == factors != torch.float32
+    block_r = min(max(_power_of_2(R), 16), 64)
+    return ExpandGradTiles(
+        fused=R <= 32,
+        size=512 if block_r == 16 else 1024,
+        block_p=32,
+        block_n=256 if half else 128,
+        block_r=block_r,
+        num_warps=8,
         num_stages=2,
     )
 

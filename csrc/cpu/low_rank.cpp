@@ -107,22 +107,42 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
   return out;
 }
 
-void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, int64_t adapters) {
+// A permutation of the pairs, as int32; checked.
+std::vector<int32_t> permutation(const View& given, int64_t pairs) {
+  STD_TORCH_CHECK(given.on_cpu && given.dims == 1 && given.numel() == pairs, "order");
+  STD_TORCH_CHECK(given.type == ScalarType::Int || given.type == ScalarType::Long, "order");
+  Compact order(given);
+  std::vector<int32_t> out(pairs);
+  std::vector<bool> seen(pairs);
+  for (int64_t i = 0; i < pairs; ++i) {
+    int64_t pair = order.type == ScalarType::Int ? static_cast<const int32_t*>(order.data)[i]
+                                                 : static_cast<const int64_t*>(order.data)[i];
+    STD_TORCH_CHECK(pair >= 0 && pair < pairs && !seen[pair], "order");
+    seen[pair] = true;
+    out[i] = int32_t(pair);
+  }
+  return out;
+}
+
+void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, int64_t adapters, OptionalTensor order) {
   STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Int && table.is_contiguous(), "table");
   int64_t capacity = table.numel() - adapters - 3;
-  OptionalView segments(indptr);
-  const std::vector<int32_t>& of_pair = pair_ids(View(ids), segments, indptr ? capacity : -1, adapters);
-  STD_TORCH_CHECK(indptr || int64_t(of_pair.size()) <= capacity, "the plan has too little room");
-  int32_t* p = static_cast<int32_t*>(table.data_ptr());
+  OptionalView segments(indptr), permuted(order);
+  int64_t rows = order ? permuted.view.numel() : indptr ? capacity : -1;
+  const std::vector<int32_t>& of_pair = pair_ids(View(ids), segments, rows, adapters);
   int64_t pairs = of_pair.size();
-  if (indptr) {
+  STD_TORCH_CHECK(pairs <= capacity, "the plan has too little room");
+  std::vector<int32_t> pair_at;
+  if (order) pair_at = permutation(permuted.view, pairs);
+  if (indptr && !order) {
     Compact bounds(segments.view);
     pairs = bounds.type == ScalarType::Int ? static_cast<const int32_t*>(bounds.data)[ids.numel()]
                                            : static_cast<const int64_t*>(bounds.data)[ids.numel()];
   }
+  int32_t* p = static_cast<int32_t*>(table.data_ptr());
   p[0] = int32_t(pairs);
   p[1] = int32_t(adapters);
-  sort_pairs(of_pair, adapters, p + 2, p + 3 + adapters);
+  sort_pairs(of_pair, adapters, p + 2, p + 3 + adapters, order ? pair_at.data() : nullptr);
 }
 
 // The arguments that both forms share, checked against each other.
@@ -131,7 +151,8 @@ struct Added {
   Output y;
   Factors A, B;
 
-  Added(const View& y_, const View& x_, Views A_, Views B_) : x(x_), y(y_), A(A_, 0), B(B_, 1) {
+  Added(const View& y_, const View& x_, Views A_, Views B_, const View* ranks) : x(x_), y(y_), A(A_, 0), B(B_, 1) {
+    if (A.slices == 1 && B.slices > 1) A.split(B.slices, ranks);
     check_same_form(A, B);
     for (int64_t width : A.widths) STD_TORCH_CHECK(width == x.columns, "A does not fit x");
     STD_TORCH_CHECK(B.total == y.columns && y.rows == x.rows, "y does not fit");
@@ -150,7 +171,7 @@ struct Added {
 
 void low_rank_add(const View& y, const View& x, Views A, Views B, const View* ids, const View* indptr, const View* plan,
                   const View* scaling, const View* ranks, const View* weights, double scale) {
-  Added added(y, x, A, B);
+  Added added(y, x, A, B, ranks);
   added.A.set_ranks(ranks);
   Weights per_pair(weights, added.x.rows);
   Routing routing(ids, indptr, plan, added.x.rows, added.A.adapters, per_pair.per_row());
@@ -176,7 +197,7 @@ bool takes_linear(const View& x, const View& W, const View* bias) {
 
 void low_rank_linear(const View& y, const View& x, const View& W, const View* bias, Views A, Views B, const View* plan,
                      const View* scaling, double scale) {
-  Added added(y, x, A, B);
+  Added added(y, x, A, B, nullptr);
   Routing routing(nullptr, nullptr, plan, added.x.rows, added.A.adapters, 1);
   Scales scales(scaling, scale, added.A.slices, added.A.adapters);
   // Another thread may have chosen another instruction set meanwhile.

@@ -138,6 +138,25 @@ struct Factors {
     }
   }
 
+  // Makes one stack the `count` slices that lie in it one after the other, each as high as its adapter's rank.
+  void split(int64_t count, const View* ranks) {
+    STD_TORCH_CHECK(stacked && slices == 1 && padded_rank % count == 0 && (!ranks || ranks->dims == 1), "packed A");
+    padded_rank /= count;
+    for (Factor& factor : table) factor.rank = int(padded_rank);
+    set_ranks(ranks);
+    std::vector<Factor> whole(std::move(table));
+    table.clear();
+    for (int64_t s = 0; s < count; ++s)
+      for (Factor factor : whole) {
+        int64_t offset = s * factor.rank * factor.rank_stride * element_size(factor.dtype);
+        factor.data = static_cast<const char*>(factor.data) + offset;
+        factor.rank = int(padded_rank);
+        table.push_back(factor);
+      }
+    slices = count;
+    widths.assign(count, widths[0]);
+  }
+
   const Factor& at(int64_t slice, int64_t adapter) const { return table[slice * adapters + adapter]; }
 
   void set_ranks(const View* ranks) {
@@ -245,15 +264,16 @@ inline const std::vector<int32_t>& pair_ids(const View& given, const View* given
   return out;
 }
 
-// Pairs sorted by adapter into order, their runs into bounds [L + 1].
-inline void sort_pairs(const std::vector<int32_t>& ids, int64_t adapters, int32_t* bounds, int32_t* order) {
+// Pairs sorted by adapter into order, their runs into bounds [L + 1]; ids[i] is of pair `pairs[i]`, or of pair i.
+inline void sort_pairs(const std::vector<int32_t>& ids, int64_t adapters, int32_t* bounds, int32_t* order,
+                       const int32_t* pairs = nullptr) {
   std::fill(bounds, bounds + adapters + 1, 0);
   for (int32_t id : ids)
     if (id >= 0) ++bounds[id + 1];
   for (int64_t l = 0; l < adapters; ++l) bounds[l + 1] += bounds[l];
   // bounds[l] walks to the end of run l while it fills, then every bound moves back by one run.
   for (size_t i = 0; i < ids.size(); ++i)
-    if (ids[i] >= 0) order[bounds[ids[i]]++] = int32_t(i);
+    if (ids[i] >= 0) order[bounds[ids[i]]++] = pairs ? pairs[i] : int32_t(i);
   for (int64_t l = adapters; l > 0; --l) bounds[l] = bounds[l - 1];
   bounds[0] = 0;
 }

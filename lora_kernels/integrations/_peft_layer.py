@@ -22,8 +22,9 @@ from torch.nn.functional import linear
 
 from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
+from ..ops._low_rank import lora_add_
 from ..ops.lora_linear import _LoRALinear
-from ..ops.low_rank import _call, _multi_lora, lora_add_
+from ..ops.low_rank import _call, _multi_lora
 from ..select import choose
 from ._peft_batch import NAMES, Names
 from ._peft_state import GLOBAL_HOOKS, forget, look, recall, repeat, split

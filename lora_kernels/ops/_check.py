@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import _env
-from ..reference.low_rank import num_adapters, num_slices, padded_rank
+from ..reference.low_rank import is_packed, num_adapters, num_slices, padded_rank
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -90,6 +90,19 @@ def segments(seg_indptr: Any, adapter_ids: Any, L: int, rows: int | None = None)
     if rows is not None and bounds[-1] > rows:
         raise ValueError(f"seg_indptr ends at row {bounds[-1]}, x has {rows}")
     return bounds[-1]
+
+
+def permutation(name: str, order: Any, count: int, ids: Tensor) -> None:
+    """Each of ``count`` numbers from 0 on once."""
+    tensor(name, order)
+    if order.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be int32 or int64, got {order.dtype}")
+    if order.shape != (count,):
+        raise ValueError(f"{name} must be [{count}], a place for each row, got {shape(order)}")
+    if order.device != ids.device:
+        raise ValueError(f"{name} is on {order.device}, adapter_ids on {ids.device}")
+    if readable(order) and not torch.equal(order.long().sort().values, torch.arange(count, device=order.device)):
+        raise ValueError(f"{name} must hold each of 0..{count - 1} once")
 
 
 def factors(name: str, value: Sequence[Tensor], x: Tensor, form: str) -> None:
@@ -224,6 +237,8 @@ def add(
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
     factors("B", B, x, "[L, N, R], or a tuple of those")
     L, S = num_adapters(A), num_slices(A)
+    if is_packed(A, B):
+        A, S = _unpacked_shapes(A[0], B, ranks), len(B)
     if len(B) != len(A) or B[0].dim() != A[0].dim():
         raise ValueError(
             f"A and B must come in the same form, got {len(A)} of {shape(A[0])} and {len(B)} of {shape(B[0])}"
@@ -239,6 +254,21 @@ def add(
     N = sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
     output(y, rows, N, x, (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,))
     per_adapter("scaling", scaling, torch.float32, S, L, x)
+
+
+def _unpacked_shapes(A: Tensor, B: Sequence[Tensor], ranks: Any) -> Sequence[Tensor]:
+    """A packed A as one of its slices, S times."""
+    R = A.shape[1] // len(B)
+    if A.shape[1] != len(B) * B[0].shape[-1]:
+        raise ValueError(
+            f"A must be [{A.shape[0]}, {len(B)} * {B[0].shape[-1]}, K], the slices of B one after the other, or a "
+            f"tuple of {len(B)}, got {shape(A)}"
+        )
+    if isinstance(ranks, Tensor):
+        if ranks.dim() != 1:
+            raise ValueError(f"ranks must be [L] for a packed A, whose slices share a rank, got {shape(ranks)}")
+        ranks_within(ranks, 1, A.shape[0], R, A)
+    return [A[:, :R]] * len(B)
 
 
 def expand(

@@ -102,14 +102,23 @@ def _say_missing() -> None:
 
 
 class Op:
-    """One registered op: calling it runs the backend chosen for its first tensor's device."""
+    """One registered op: calling it runs the backend chosen for its first tensor's device.
+
+    A ``composite`` one is made of others where it has no kernel of its own: then it is as fast as they are.
+    """
 
     registry: ClassVar[dict[str, Op]] = {}
 
     def __init__(
-        self, reference: Callable, *, mutates: tuple[str, ...] = (), fake: Callable, flops: Callable | None = None
+        self,
+        reference: Callable,
+        *,
+        mutates: tuple[str, ...] = (),
+        fake: Callable,
+        flops: Callable | None = None,
+        composite: bool = False,
     ):
-        self.name = reference.__name__
+        self.name = reference.__name__.removeprefix("_")
         self.reference = reference
         schema = infer_schema(reference, mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -120,7 +129,8 @@ class Op:
         self.direct = self.overload._op
         #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
         self.native: Callable[..., bool] | None = getattr(extension, self.name, None)
-        self.family = reference.__module__.rpartition(".")[2]
+        self.family = reference.__module__.rpartition(".")[2].removeprefix("_")
+        self.composite = composite
         if has_triton(self.family):
             _library.impl(self.name, self.triton, "CUDA")
         if flops is not None:
@@ -130,10 +140,16 @@ class Op:
     def backends(self) -> frozenset[str]:
         """The backends that have a kernel for this op here."""
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
+        compiled |= self.composite and extension_error is None
         return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * has_triton(self.family))
 
     def triton(self, *args: Any) -> Any:
-        """Run the op's Triton kernel: the function of its name and arguments in the module of its family."""
+        """Run the op's Triton kernel: the function of its name and arguments in the module of its family.
+
+        What is in fp64, which an op's first two arguments tell, is left to the reference.
+        """
+        if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args[:2]):
+            return self.reference(*args)
         return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{self.family}"), self.name)(*args)
 
     def __call__(self, *args: Any) -> Any:
@@ -143,11 +159,15 @@ class Op:
         if forced is None:
             if extension_error is not None:
                 _say_missing()
+            if self.composite and args[0].is_cpu:
+                return self.reference(*args)
             return self.overload(*args)
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         choice = choose(device, self.backends(), forced, interpreted=_env.interpreted())
         if choice.backend is None:
             raise RuntimeError(f"{self.name}: {choice.reason}")
-        if choice.backend in ("reference", "triton"):
-            return getattr(self, choice.backend)(*args)
+        if choice.backend == "triton":
+            return self.triton(*args)
+        if choice.backend == "reference" or self.composite:
+            return self.reference(*args)
         return self.overload(*args)

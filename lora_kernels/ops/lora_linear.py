@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 from . import _check
 from ._dispatch import extension, forced_backend
-from .low_rank import _call, _needs_grad, _scaling, lora_add_, lora_backward, lora_expand_, lora_shrink
+from ._low_rank import lora_add_, lora_expand_, lora_shrink
+from .low_rank import _call, _needs_grad, _scaling, lora_backward
 
 
 def lora_linear(
@@ -145,8 +146,6 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, v, A, B = ctx.saved_tensors
         need_x, _, need_bias, _, need_A, need_B = ctx.needs_input_grad
-        dx = torch.matmul(dy, weight) if need_x else None
-        dx, _, (dA,), (dB,) = lora_backward(
-            dy, x, [A], [B], v, (None, None, None), None, None, None, ctx.scale, need_x, False, [need_A], [need_B], dx
-        )
+        need = need_x, False, [need_A], [need_B]
+        dx, _, (dA,), (dB,) = lora_backward(dy, x, weight, [A], [B], v, *[None] * 5, ctx.scale, *need)
         return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None, dA, dB

@@ -5,8 +5,11 @@ Shapes: M rows, K in, N out, R padded rank, L adapters, S slices, k adapters a r
     x          [..., K]   fp32, bf16 or fp16; its rows are those of x.reshape(-1, K)
     y          [..., ΣN]  x's dtype or fp32
     A          [L, R, K]  x's dtype or fp32 (masters), any strides; a tuple of S of them where slices share x
-                          (fused q/k/v, gate/up); or a list of L matrices [r_l, K], each with a rank of its own
+                          (fused q/k/v, gate/up); or a list of L matrices [r_l, K], each with a rank of its own;
+                          or packed, one [L, S * R, K] beside a tuple of B: slice s of an adapter with live rank r in
+                          rows s * r to (s + 1) * r
     B          [L, N, R]  A's dtype; a tuple [L, N_s, R]; a list [N, r_l]
+               Stacks may also have a size of 1 after L: [L, 1, R, K] and [L, 1, N, R].
     adapter_ids  int32 or int64 [M], -1 = no adapter; [M, k] with weights [M, k] fp32 for a mixture; or a BatchPlan
     scaling    s: a float, or fp32 [L] or [S, L]; default 1
     ranks      int32 [L] or [S, L]: the live rank; factors past it are not read; 0 = no adapter in that slice
@@ -29,68 +32,10 @@ from ..plan import BatchPlan
 from ..reference import low_rank as reference
 from . import _check
 from ._dispatch import Op, extension_error, forced_backend
+from ._low_rank import lora_add_, lora_expand_, lora_grads, lora_shrink, out_features
 
 Factors = Tensor | Sequence[Tensor]
 _compiled = extension_error is None
-
-
-def _out_features(B: Sequence[Tensor]) -> int:
-    return sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
-
-
-def _flops(x_rows: int, in_features: int, out_features: int, rank: int) -> int:
-    return 2 * x_rows * rank * (in_features + out_features)
-
-
-def _one_device(*args: Any) -> None:
-    """What a fake must see to, since one meta tensor among others brings a call to it."""
-    devices = {t.device for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(f"tensors on {len(devices)} devices")
-
-
-def _fake_shrink(x, A, ids, indptr, plan, ranks, pairs):
-    _one_device(x, A, ids, indptr, plan, ranks)
-    return x.new_empty(
-        reference.num_slices(A), pairs, reference.padded_rank(A), dtype=reference.accumulate_dtype(x.dtype)
-    )
-
-
-def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, pairs):
-    _one_device(u, w, ids, indptr, plan, scaling, weights)
-    dtype = reference.accumulate_dtype(torch.promote_types(u.dtype, w.dtype))
-    return u.new_empty(num_adapters, u.shape[-1], w.shape[-1], dtype=dtype)
-
-
-lora_add_ = Op(
-    reference.lora_add_,
-    mutates=("y",),
-    fake=_one_device,
-    flops=lambda y, x, A, B, *rest, out_val=None, **kwargs: _flops(
-        x.shape[:-1].numel() * (1 if rest[5] is None else rest[5].shape[1]),
-        x.shape[-1] * reference.num_slices(A),
-        _out_features(B),
-        reference.padded_rank(A),
-    ),
-)
-lora_shrink = Op(
-    reference.lora_shrink,
-    fake=_fake_shrink,
-    flops=lambda x, A, *rest, out_val=None, **kwargs: _flops(
-        out_val.shape[1], x.shape[-1] * out_val.shape[0], 0, out_val.shape[2]
-    ),
-)
-lora_expand_ = Op(
-    reference.lora_expand_,
-    mutates=("y",),
-    fake=_one_device,
-    flops=lambda y, v, B, *rest, out_val=None, **kwargs: _flops(v.shape[1], 0, _out_features(B), v.shape[2]),
-)
-lora_outer = Op(
-    reference.lora_outer,
-    fake=_fake_outer,
-    flops=lambda u, w, *rest, out_val=None, **kwargs: 2 * rest[-1] * u.shape[-1] * w.shape[-1],
-)
 
 
 def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
@@ -121,10 +66,21 @@ def _write(op: Op, check: Callable[..., Any], args: tuple) -> Tensor:
 
 def _factors(name: str, value: Factors) -> Sequence[Tensor]:
     if isinstance(value, Tensor):
-        return (value,)
+        return (value,) if value.dim() < 4 else (_stack(name, value),)
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} must be a tensor or a tuple or list of tensors, got {type(value).__name__}")
+    if value and isinstance(value[0], Tensor) and value[0].dim() == 4:
+        return [_stack(name, t) for t in value]
     return value
+
+
+def _stack(name: str, t: Any) -> Any:
+    """[L, 1, R, K] as [L, R, K], a view."""
+    if isinstance(t, Tensor) and t.dim() == 4:
+        if t.shape[1] != 1:
+            raise ValueError(f"{name} must have a size of 1 after L where it has four, got {_check.shape(t)}")
+        return t.squeeze(1)
+    return t
 
 
 def _routing(adapter_ids: Tensor | BatchPlan) -> tuple[Tensor | None, Tensor | None]:
@@ -359,13 +315,16 @@ def _multi_lora(x, A, B, ids, plan, scaling, ranks, weights, y, scale) -> Tensor
     _check.tensor("x", x)
     if y is None:
         _check.factors("B", B, x, "[L, N, R], or a tuple of those")
-        y = x.new_zeros(*x.shape[:-1], _out_features(B))
+        y = x.new_zeros(*x.shape[:-1], out_features(B))
     else:
         _check.tensor("y", y)
         if not _needs_grad(y, x, weights, *A, *B):
             y = y.clone()
     args = (ids, None, plan, scaling, ranks, weights, scale)
     if _needs_grad(y, x, weights, *A, *B):
+        if reference.is_packed(A, B):
+            _check.add(y, x, A, B, *args)
+            A = reference.unpacked(A[0], B, ranks)
         return _MultiLora.apply(y, x, weights, args, len(A), *A, *B)
     _call(lora_add_, _check.add, y, (y, x, A, B, *args))
     return y
@@ -397,76 +356,45 @@ class _MultiLora(torch.autograd.Function):
         x, weights, v, ids, plan, scaling, ranks, *factors = ctx.saved_tensors
         A, B = factors[: ctx.count], factors[ctx.count :]
         need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
-        route = (ids, None, plan)
-        need_A, need_B = need[: ctx.count], need[ctx.count :]
-        dx, dw, dA, dB = lora_backward(
-            dy, x, A, B, v, route, scaling, ranks, weights, ctx.scale, need_x, need_w, need_A, need_B
-        )
+        need = need_x, need_w, need[: ctx.count], need[ctx.count :]
+        dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, ids, plan, scaling, ranks, weights, ctx.scale, *need)
         return dy if need_y else None, dx, dw, None, None, *dA, *dB
 
 
-def lora_backward(dy, x, A, B, v, route, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B, dx=None):
-    """(dx, dweights, dA, dB) of y += s · w · (x Aᵀ) Bᵀ, None where not needed.
-
-    dv = dy B; dx = s w dv A (added to ``dx`` where one is given), dA = s w dvᵀ x, dB = s w dyᵀ v, dw = s dv·v.
-    """
-    stacked = A[0].dim() == 3
-    slices = [([a], [b]) for a, b in zip(A, B, strict=True)] if stacked else [(A, B)]
-    pairs, L = v.shape[1], reference.num_adapters(A)
-    need_factors = [any(need_A), any(need_B)]
-    total = x.new_zeros(x.shape, dtype=x.dtype if len(slices) == 1 else torch.float32) if need_x and dx is None else dx
-    dw = torch.zeros(pairs, dtype=v.dtype, device=v.device) if need_w else None
-    dA: list[Tensor | None] = [None] * len(A)
-    dB: list[Tensor | None] = [None] * len(B)
-    start = 0
-    for s, (a, b) in enumerate(slices):
-        width = b[0].shape[-2]
-        g = dy[..., start : start + width]
-        start += width
-        scaled, live = _of_slice(scaling, s), _of_slice(ranks, s)
-        if need_x or need_w or need_factors[0]:
-            dv = lora_shrink(g, [t.mT for t in b], *route, live, pairs)
-        if need_x:
-            lora_expand_(total, dv, [t.mT for t in a], *route, scaled, live, weights, scale)
-        if dw is not None:
-            dw += (dv[0] * v[s]).sum(-1) * scale * _pair_scaling(scaled, route, L, pairs, v)
-        if need_factors[0]:
-            _scatter(dA, s, a, stacked, lora_outer(dv[0], x, L, *route, scaled, weights, scale, pairs), False)
-        if need_factors[1]:
-            _scatter(dB, s, b, stacked, lora_outer(g, v[s], L, *route, scaled, weights, scale, pairs), True)
-    if need_x and dx is None:
-        total = total.to(x.dtype)
+def lora_backward(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B):
+    """(dx, dweights, dA, dB) of y += x Wᵀ + s · w · (x Aᵀ) Bᵀ, None where not needed."""
+    args = (dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale)
+    need = need_x, need_w, any(need_A), any(need_B)
+    dx, dv, *grads = lora_grads(*args, *need)
+    dA, dB = (grads[: len(A)], grads[len(A) :]) if need[2] else ([None] * len(A), grads)
+    if not need[3]:
+        dB = [None] * len(B)
+    dw = None
+    if need_w:
+        dw = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
+        for s in range(v.shape[0]):
+            of_pair = _pair_scaling(reference.of_slice(scaling, s), ids, plan, reference.num_adapters(A), v)
+            dw += (dv[s] * v[s]).sum(-1) * scale * of_pair
+        dw = dw.view(weights.shape)
     return (
-        total if need_x else None,
-        dw.view(weights.shape) if dw is not None else None,
+        dx if need_x else None,
+        dw,
         [g if n else None for g, n in zip(dA, need_A, strict=True)],
         [g if n else None for g, n in zip(dB, need_B, strict=True)],
     )
 
 
-def _of_slice(values: Tensor | None, s: int) -> Tensor | None:
-    return values if values is None or values.dim() == 1 else values[s]
-
-
-def _scatter(into: list, s: int, factor: Sequence[Tensor], stacked: bool, grad: Tensor, is_B: bool) -> None:
-    """Put the gradient [L, U, W] of one slice where its factors' are kept, in their dtype."""
-    if stacked:
-        into[s] = grad.to(factor[0].dtype)
-        return
-    for i, t in enumerate(factor):
-        into[i] = (grad[i, :, : t.shape[1]] if is_B else grad[i, : t.shape[0]]).to(t.dtype)
-
-
-def _pair_scaling(scaling: Tensor | None, route: tuple, L: int, pairs: int, v: Tensor) -> Tensor | float:
+def _pair_scaling(scaling: Tensor | None, ids: Tensor | None, plan: Tensor | None, L: int, v: Tensor) -> Tensor | float:
     """s of each pair, [P]; any value where a pair has no adapter, since v is zero there."""
     if scaling is None:
         return 1.0
-    ids, _, plan = route
-    if ids is not None:
+    if plan is None:
+        assert ids is not None  # only a mixture has weights
         return scaling[ids.reshape(-1).clamp(0, L - 1).long()]
     bounds, order = plan[2 : L + 3].long(), plan[L + 3 :].long()
     position = torch.arange(order.shape[0], device=plan.device)
     adapter = (torch.searchsorted(bounds, position, right=True) - 1).clamp(0, L - 1)
     inside = position < bounds[-1]
+    pairs = v.shape[1]
     out = v.new_zeros(pairs + 1)
     return out.index_copy(0, torch.where(inside, order, pairs), scaling[adapter].to(v.dtype))[:pairs]

@@ -4,16 +4,18 @@ Every function takes any floating dtype on any device and accumulates in fp32 (f
 Notation: M rows, K in, N out, R padded rank, L adapters, S slices, P = M * k pairs of a row and an adapter
 (k = 1 unless a row mixes adapters).
 
-Factors come in one of two forms:
+Factors come in one of three forms:
 
 * stacked: S tensors, A ``[L, R, K]`` and B ``[L, N_s, R]``;
-* listed: L matrices of one slice, A ``[r_l, K]`` and B ``[N, r_l]``, each with a rank of its own.
+* listed: L matrices of one slice, A ``[r_l, K]`` and B ``[N, r_l]``, each with a rank of its own;
+* packed: S tensors B as stacked, and one A ``[L, S * R, K]`` whose slice s lies at rows s * r_l to (s + 1) * r_l of an
+  adapter with live rank r_l.
 
 Which adapter a row uses comes in one of four forms: ``ids [M]`` or ``[M, k]``; ``ids [n_seg]`` with ``indptr
 [n_seg + 1]``; a ``plan`` table (below); or nothing, and every row uses adapter 0. An id of -1 is no adapter.
 
 A plan table is int32 ``[2 + (L + 1) + capacity]``: P, L, the offsets of the L adapters' runs, and the pairs sorted by
-adapter, those without an adapter left out.
+adapter, those without an adapter left out. Its ids or segments may be of rows in an ``order`` other than x's.
 """
 
 from __future__ import annotations
@@ -45,16 +47,35 @@ def padded_rank(A: Sequence[Tensor]) -> int:
     return max(a.shape[-2] for a in A)
 
 
+def is_packed(A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
+    """Whether one A holds the slices of several B's."""
+    return len(A) == 1 and len(B) > 1 and A[0].dim() == 3
+
+
+def unpacked(A: Tensor, B: Sequence[Tensor], ranks: Tensor | None) -> list[Tensor]:
+    """A stack for each slice of a packed A, by a differentiable copy; what is past a live rank means nothing."""
+    S, L, R = len(B), A.shape[0], B[0].shape[-1]
+    rank = torch.full((L,), R, device=A.device) if ranks is None else ranks.long()
+    row = torch.arange(R, device=A.device)
+    at = [(s * rank[:, None] + row).clamp(max=max(A.shape[1] - 1, 0)) for s in range(S)]
+    return [A.gather(1, i[:, :, None].expand(L, R, A.shape[2])) for i in at]
+
+
 def num_pairs(rows: int, ids: Tensor | None, indptr: Tensor | None) -> int:
     """P: a pair for each row, or k pairs a row where ``ids`` is ``[M, k]``."""
     return ids.numel() if ids is not None and indptr is None else rows
 
 
-def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: int) -> None:
-    """Write the plan of ``ids`` (see the module) into ``table``; no synchronisation with the host."""
+def lora_plan_(
+    table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: int, order: Tensor | None = None
+) -> None:
+    """Write the plan of ``ids`` (see the module) into ``table``; no synchronisation with the host.
+
+    With ``order [P]`` the ids or segments are of the pairs order[0], order[1], ..., instead of 0, 1, ...
+    """
     flat = ids.reshape(-1)
     if indptr is not None:
-        capacity = table.numel() - num_adapters - 3
+        capacity = table.numel() - num_adapters - 3 if order is None else order.numel()
         row = torch.arange(capacity, device=ids.device)
         segment = torch.searchsorted(indptr.long().contiguous(), row, right=True) - 1
         inside = (segment >= 0) & (segment < flat.numel())
@@ -65,13 +86,15 @@ def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: 
         pairs = indptr[-1] if indptr.numel() else torch.zeros((), dtype=torch.int32, device=ids.device)
     else:
         pairs = torch.full((), flat.numel(), dtype=torch.int32, device=ids.device)
+    if order is not None:
+        pairs = torch.full((), order.numel(), dtype=torch.int32, device=ids.device)
     none = (flat < 0) | (flat >= num_adapters)
-    key, order = torch.sort(torch.where(none, num_adapters, flat).long(), stable=True)
+    key, place = torch.sort(torch.where(none, num_adapters, flat).long(), stable=True)
     bounds = torch.searchsorted(key, torch.arange(num_adapters + 1, device=ids.device))
     table[0] = pairs
     table[1] = num_adapters
     table[2 : num_adapters + 3] = bounds
-    table[num_adapters + 3 : num_adapters + 3 + order.numel()] = order
+    table[num_adapters + 3 : num_adapters + 3 + place.numel()] = place if order is None else order.long()[place]
 
 
 def pairs_by_adapter(
@@ -103,6 +126,11 @@ def live_rank(ranks: Tensor | None, slice_: int, adapter: int, width: int) -> in
     if ranks is None:
         return width
     return min(int(ranks[adapter] if ranks.dim() == 1 else ranks[slice_, adapter]), width)
+
+
+def of_slice(values: Tensor | None, slice_: int) -> Tensor | None:
+    """What [L] or [S, L] holds for one slice, as [L]."""
+    return values if values is None or values.dim() == 1 else values[slice_]
 
 
 def scale_of(scaling: Tensor | None, scale: float, slice_: int, adapter: int) -> float:
@@ -189,6 +217,8 @@ def lora_add_(
     """y += s · w · (x Aᵀ) Bᵀ: the shrink and the expand in one call."""
     rows = x.shape[:-1].numel()
     pairs = weights.numel() if weights is not None else num_pairs(rows, ids, indptr)
+    if is_packed(A, B):
+        A = unpacked(A[0], B, ranks)
     v = lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
     lora_expand_(y, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
 

@@ -2,8 +2,8 @@
 
 import functools
 
+import layouts
 import pytest
-import strides
 import torch
 
 import lora_kernels as lk
@@ -220,6 +220,6 @@ def test_compiles_once(dtype):
         assert bitwise_equal(compiled(x, ids), lk.multi_lora(x, A, B, ids))
 
 
-@pytest.mark.parametrize("check", strides.CHECKS)
-def test_any_strides(check):
+@pytest.mark.parametrize("check", layouts.CHECKS)
+def test_any_layout(check):
     check("cuda")

@@ -48,6 +48,27 @@ def programs_backwards():
         yield
 
 
+@contextmanager
+def counting(*tensors):
+    """The bytes that launches inside load from each tensor, a lane at a time: a function of one of them."""
+    spans = [span(t) for t in tensors]
+    loaded = dict.fromkeys(spans, 0)
+
+    def count(kind, addresses, size):
+        if kind == "load":
+            for start, end in spans:
+                loaded[start, end] += size * int(((addresses >= start) & (addresses < end)).sum())
+
+    counters.append(count)
+    try:
+        yield lambda t: loaded[span(t)]
+    finally:
+        counters.remove(count)
+
+
+counters = []  # what each access is told to
+
+
 # Accesses by another program to the same byte that an access races with.
 RACES = {"load": ("store", "atomic"), "store": ("load", "store", "atomic"), "atomic": ("load", "store")}
 MANY = -1  # more than one program
@@ -97,6 +118,8 @@ class Memory:
         addresses = pointers.data[live].astype(np.int64)
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
         touched = self.in_bounds(kind, addresses, size)
+        for count in counters:
+            count(kind, addresses, size)
         if value is not None:
             self.one_value_each(kind, addresses, np.broadcast_to(value.data, shape)[live])
         self.no_race(kind, touched)

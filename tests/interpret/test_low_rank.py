@@ -1,10 +1,14 @@
 """The ``low_rank`` kernels in the checking interpreter, against the float64 oracle."""
 
+import dataclasses
+
+import guard
+import layouts
 import pytest
-import strides
 import torch
 
 import lora_kernels as lk
+from lora_kernels import select
 from lora_kernels.testing import (
     LOW_RANK_DTYPES,
     as_segments,
@@ -82,23 +86,109 @@ def test_plan(M, L, segmented):
     assert torch.equal(got.table[:size], want.table[:size])
 
 
+def close(got, want, plain, what):
+    assert_within_rule(got, want, plain, noise=2**-20 * rms(want), what=what)
+
+
+GRADIENTS = ("gate-up-live-ranks", "qkv-shared-ranks", "listed-live-ranks", "mixture-of-3", "r100", "no-adapter")
+
+
+@pytest.mark.parametrize("sample", GRADIENTS)
 @pytest.mark.parametrize("name", ("fp32", "bf16", "bf16-masters"))
-def test_gradients(name):
-    sample = next(s for s in low_rank_samples(*LOW_RANK_DTYPES[name]) if s.name == "gate-up-live-ranks")
+def test_gradients(name, sample):
+    sample = next(s for s in low_rank_samples(*LOW_RANK_DTYPES[name]) if s.name == sample)
 
     def gradients(function, leaf):
         a = sample.make(0)
-        leaves = [leaf(t.nan_to_num()) for t in (a["x"], a["y"], *a["A"], *a["B"])]
-        out = function(**{**a, "x": leaves[0], "y": leaves[1], "A": tuple(leaves[2:4]), "B": tuple(leaves[4:])})
-        return torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out))
+        form, count = type(a["A"]), 1 if isinstance(a["A"], torch.Tensor) else len(a["A"])
+        factors = [t for f in "AB" for t in ((a[f],) if count == 1 else a[f])]
+        leaves = [leaf(t.nan_to_num()) for t in (a["x"], a["y"], *factors)]
+        if a["weights"] is not None:
+            leaves.append(leaf(a["weights"]))
+            a["weights"] = leaves[-1]
+        A, B = leaves[2 : 2 + count], leaves[2 + count : 2 + 2 * count]
+        A, B = (A[0], B[0]) if form is torch.Tensor else (form(A), form(B))
+        out = function(**{**a, "x": leaves[0], "y": leaves[1], "A": A, "B": B})
+        return torch.autograd.grad(
+            out, leaves, torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out), materialize_grads=True
+        )
 
     got = gradients(lk.multi_lora, lambda t: t.requires_grad_())
     plain = gradients(low_rank_plain, lambda t: t.requires_grad_())
     want = gradients(low_rank_oracle, lambda t: t.double().requires_grad_())
-    for what, g, p, w in zip(("x", "y", "A0", "A1", "B0", "B1"), got, plain, want, strict=True):
-        assert_within_rule(g, w, p, noise=2**-20 * rms(w), what=f"d{what}")
+    for i, (g, p, w) in enumerate(zip(got, plain, want, strict=True)):
+        close(g, w, p, f"gradient {i}")
 
 
-@pytest.mark.parametrize("check", strides.CHECKS)
-def test_any_strides(check):
+@pytest.mark.parametrize("R, slices", ((5, 1), (16, 3), (40, 1)))
+@pytest.mark.parametrize("planned", (False, True))
+def test_gradients_of_many_rows(R, slices, planned, monkeypatch):
+    """Adapters of several tiles (short ones, to be quick), with and without one pass over dy for both gradients."""
+    from lora_kernels.kernels.triton import low_rank
+
+    for choose in (select.outer_tiles, select.expand_grad_tiles):
+        short = lambda *args, choose=choose: dataclasses.replace(choose(*args), size=64)  # noqa: E731
+        monkeypatch.setattr(low_rank, choose.__name__, short)
+    torch.manual_seed(0)
+    M, K, N, L = 170, 24, 40, 3 if planned else 1
+    x, dy = torch.randn(M, K), torch.randn(M, N * slices)
+    A, B = ([torch.randn(size) for _ in range(slices)] for size in ((L, R, K), (L, N, R)))
+    ids = torch.randint(-1, L, (M,)) if planned else torch.zeros(M, dtype=torch.int64)
+    scaling = 0.5 + torch.rand(slices, L)
+
+    def gradients(function, cast, ids):
+        leaves = [t.to(cast, copy=True).requires_grad_() for t in (x, *A, *B)]
+        a, b = tuple(leaves[1 : 1 + slices]), tuple(leaves[1 + slices :])
+        y = torch.zeros(M, N * slices, dtype=cast)
+        return torch.autograd.grad(
+            function(y=y, x=leaves[0], A=a, B=b, adapter_ids=ids, scaling=scaling), leaves, dy.to(cast)
+        )
+
+    got = gradients(lk.multi_lora, torch.float32, ids)
+    assert all(map(bitwise_equal, got, gradients(lk.multi_lora, torch.float32, lk.BatchPlan.from_ids(ids, L))))
+    plain = gradients(low_rank_plain, torch.float32, ids)
+    with lk.backend("reference"):
+        want = gradients(lk.multi_lora, torch.float64, ids)
+    for i, (g, p, w) in enumerate(zip(got, plain, want, strict=True)):
+        close(g, w, p, f"gradient {i}")
+
+
+@pytest.mark.parametrize("name", ("fp32", "bf16", "bf16-masters"))
+def test_slices_of_many_rows(name):
+    """More rows than a small batch has: x is read once for all slices."""
+    torch.manual_seed(0)
+    dtypes, M, K, R, L = LOW_RANK_DTYPES[name], 300, 600, 7, 2
+    widths = (24, 8, 9)
+    x, y = torch.randn(M, K).to(dtypes.x), torch.randn(M, sum(widths)).to(dtypes.y)
+    A = tuple(torch.randn(L, R, K).to(dtypes.factors) / 25 for _ in widths)
+    B = tuple(torch.randn(L, n, R).to(dtypes.factors) for n in widths)
+    ranks = torch.tensor([[7, 3], [0, 5], [2, 7]], dtype=torch.int32)
+    ids = torch.randint(-1, L, (M,))
+    got = lk.bgmv(y.clone(), x, A, B, ids, ranks=ranks)
+    column = 0
+    for s, n in enumerate(widths):
+        alone = lk.bgmv(y[:, column : column + n].clone(), x, A[s], B[s], ids, ranks=ranks[s])
+        torch.testing.assert_close(got[:, column : column + n], alone)
+        column += n
+    assert not torch.equal(got, y)
+
+
+@pytest.mark.parametrize("live", (2, 16))
+@pytest.mark.parametrize("M", (12, 300))
+def test_bytes_follow_the_live_ranks(M, live):
+    """Each adapter in use is read once a tile, as far as its live rank; others not at all."""
+    K, N, R, L = 512, 256, 16, 8
+    x, y, A, B = torch.randn(M, K), torch.zeros(M, N), torch.randn(L, R, K), torch.randn(L, N, R)
+    ranks = torch.full((L,), live, dtype=torch.int32)
+    plan = lk.BatchPlan.from_ids(torch.arange(M) % 4 * 2, L)
+    with guard.counting(A, B, y) as read:
+        lk.bgmv(y, x, A, B, plan, ranks=ranks)
+    tiles = {12: 4, 300: 12}[M]
+    assert read(A) == tiles * live * K * 4
+    assert read(B) == tiles * live * N * 4
+    assert read(y) == M * N * 4
+
+
+@pytest.mark.parametrize("check", layouts.CHECKS)
+def test_any_layout(check):
     check("cpu")

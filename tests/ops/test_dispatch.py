@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops import _dispatch, low_rank
+from lora_kernels.ops import _dispatch, _low_rank
 from lora_kernels.ops._dispatch import Op, forced_backend
 from lora_kernels.plan import lora_plan_
 from lora_kernels.select import BACKENDS
 from lora_kernels.testing import bitwise_equal
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"lora_plan_", "lora_add_", "lora_shrink", "lora_expand_", "lora_outer"}
+OPS = {"lora_plan_", "lora_add_", "lora_shrink", "lora_expand_", "lora_outer", "lora_grads"}
 
 
 def call():
@@ -29,7 +29,7 @@ def call():
 
 def test_registry():
     assert set(Op.registry) == OPS
-    assert low_rank.lora_add_.overload.name() == "lora_kernels::lora_add_"
+    assert _low_rank.lora_add_.overload.name() == "lora_kernels::lora_add_"
     for op in Op.registry.values():
         assert torch.Tag.pt2_compliant_tag in op.overload.tags
         assert op.overload._schema.is_mutable == op.name.endswith("_")

@@ -129,7 +129,7 @@ CASES = {
     "B: wrong L": (ADD, ValueError, r"B must be \[3, N, 4\].*got \[2, 24, 4\]", {"B": zeros(L - 1, N, R)}),
     "B: other dtype than A": (ADD, TypeError, "B must be", {"B": zeros(L, N, R, dtype=torch.bfloat16)}),
     "B: another form than A": (ADD, ValueError, "B", {"B": [zeros(N, R)] * L}),
-    "B: more slices than A": (ADD, ValueError, "A and B", {"B": (zeros(L, N // 2, R),) * 2}),
+    "B: more slices than A": (ADD, ValueError, "A must be", {"B": (zeros(L, N // 2, R),) * 2}),
     "B: on meta": ((*ADD, *EXPAND), ValueError, "B is on meta", {"B": meta(L, N, R)}),
     "B: rank of 513": (
         EXPAND, ValueError, "B has rank 513, more than the 512", {"B": zeros(L, N, 513), "v": zeros(1, M, 513)}

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_kernels as lk
-from lora_kernels.ops import low_rank
+from lora_kernels.ops import _low_rank as ops
 from lora_kernels.ops._dispatch import Op
 from lora_kernels.plan import BatchPlan, lora_plan_
 from lora_kernels.testing import LOW_RANK_DTYPES, adapter_count, as_segments, bitwise_equal, low_rank_samples
@@ -32,10 +32,14 @@ def op_calls(sample):
     v = torch.randn(len(A) if A[0].dim() == 3 else 1, pairs, max(t.shape[-2] for t in A))
     table = torch.zeros(3 + L + pairs, dtype=torch.int32)
     yield lora_plan_, (table, ids, None, L)
-    yield low_rank.lora_add_, (a["y"], a["x"], A, B, ids, None, None, scaling, ranks, weights, scale)
-    yield low_rank.lora_shrink, (a["x"], A, ids, None, None, ranks, pairs)
-    yield low_rank.lora_expand_, (a["y"], v, B, ids, None, None, scaling, ranks, weights, scale)
-    yield low_rank.lora_outer, (v[0], a["x"], L, ids, None, None, shared, weights, scale, pairs)
+    yield ops.lora_add_, (a["y"], a["x"], A, B, ids, None, None, scaling, ranks, weights, scale)
+    yield ops.lora_shrink, (a["x"], A, ids, None, None, ranks, pairs)
+    yield ops.lora_expand_, (a["y"], v, B, ids, None, None, scaling, ranks, weights, scale)
+    yield ops.lora_outer, (v[0], a["x"], L, ids, None, None, shared, weights, scale, pairs)
+    dy = torch.randn(a["y"].shape).to(a["x"].dtype)
+    W = torch.randn(dy.shape[-1], a["x"].shape[-1]).to(dy.dtype)
+    for weight, need in ((None, (True, True, True, True)), (W, (True, False, False, True))):
+        yield ops.lora_grads, (dy, a["x"], weight, A, B, v, ids, None, scaling, ranks, weights, scale, *need)
 
 
 def test_every_op_has_a_call():

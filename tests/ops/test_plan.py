@@ -88,7 +88,7 @@ def test_an_empty_plan_is_of_no_rows(backend):
     y, x = inputs(IDS["empty"])
     assert plan.num_pairs == 0
     assert lk.bgmv(y, x, A, B, plan).shape == (0, 40)
-    assert repr(plan) == "BatchPlan(num_pairs=0, num_adapters=4, capacity=8)"
+    assert repr(plan) == "BatchPlan(num_adapters=4, capacity=8, device=cpu)"
 
 
 def test_one_plan_serves_many_layers(backend):

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.select import BACKENDS, Gpu, choose, expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import BACKENDS, Gpu, choose, expand_grad_tiles, expand_tiles, outer_tiles, shrink_tiles
 
 EVERY = frozenset(BACKENDS)
 
@@ -69,6 +69,9 @@ RANKS = (1, 16, 17, 64, 100, 512)
 DTYPES = tuple(itertools.product((torch.float32, torch.bfloat16), repeat=2))
 
 
+SLICES = (1, 2, 3)
+
+
 def powers_of_two(*numbers):
     return all(n >= 16 and n & (n - 1) == 0 for n in numbers)
 
@@ -77,26 +80,44 @@ def powers_of_two(*numbers):
 @pytest.mark.parametrize("K", (1, 63, 512, 4096, 4097, 14336, 100_000))
 def test_the_chunks_of_a_sum_do_not_depend_on_the_batch(K, R):
     for x, factors in DTYPES:
-        tiles = [shrink_tiles(pairs, L, K, R, x, factors, gpu) for gpu in GPUS for pairs in SIZES for L in (1, 64)]
-        assert len({(t.chunk, t.chunks, t.block_k) for t in tiles}) == 1
-        for t in tiles:
+        tiles = [
+            (shrink_tiles(pairs, L, K, R, S, x, factors, gpu), S)
+            for gpu, pairs, L, S in itertools.product(GPUS, SIZES, (1, 64), SLICES)
+        ]
+        assert len({(t.chunk, t.chunks, t.block_k) for t, _ in tiles}) == 1
+        for t, S in tiles:
             assert powers_of_two(t.block_m, t.block_k, t.block_r)
             assert t.chunk % t.block_k == 0
             assert (t.chunks - 1) * t.chunk < K <= t.chunks * t.chunk
             assert t.split in (1, t.chunks)
+            assert t.slices == 1 or (S <= t.slices < 2 * S and powers_of_two(16 * t.slices) and t.block_r >= R)
+
+
+def test_x_is_read_once_for_all_slices_where_it_is_long():
+    gpu = Gpu((9, 0), 227 * 1024)
+    assert shrink_tiles(8192, 8, 4096, 16, 3, torch.bfloat16, torch.bfloat16, gpu).slices == 4
+    assert shrink_tiles(8192, 8, 4096, 64, 2, torch.bfloat16, torch.bfloat16, gpu).slices == 2
+    assert shrink_tiles(8, 8, 4096, 16, 3, torch.bfloat16, torch.bfloat16, gpu).slices == 1
 
 
 def test_tiles_fit_in_shared_memory():
-    for pairs, R, (x, factors), gpu in itertools.product(SIZES, RANKS, DTYPES, GPUS):
-        t = shrink_tiles(pairs, 1, 4096, R, x, factors, gpu)
-        size = (t.block_m + t.block_r) * t.block_k * max(x.itemsize, factors.itemsize)
+    for pairs, R, S, (x, factors), gpu in itertools.product(SIZES, RANKS, SLICES, DTYPES, GPUS):
+        t = shrink_tiles(pairs, 1, 4096, R, S, x, factors, gpu)
+        size = (t.block_m + t.slices * t.block_r) * t.block_k * max(x.itemsize, factors.itemsize)
         assert t.num_stages == 1 or t.num_stages * size <= gpu.shared
 
 
 def test_ranks_are_summed_alike_in_every_batch():
     for R, factors in itertools.product(RANKS, (torch.float32, torch.float16)):
-        tiles = [expand_tiles(pairs, L, R, factors) for pairs in SIZES for L in (1, 64)]
+        tiles = [expand_tiles(pairs, L, R, 1, factors) for pairs in SIZES for L in (1, 64)]
         assert len({t.block_r for t in tiles}) == 1
         assert all(powers_of_two(t.block_m, t.block_n, t.block_r) for t in tiles)
-    outer = outer_tiles(3, 4096)
-    assert powers_of_two(outer.block_p, outer.block_u, outer.block_w)
+
+
+def test_the_tiles_of_gradients():
+    for R, (dy, factors) in itertools.product(RANKS, DTYPES):
+        outer, expand = outer_tiles(R), expand_grad_tiles(R, dy, factors)
+        assert powers_of_two(outer.block_p, outer.block_u, outer.block_w, expand.block_p, expand.block_n)
+        assert outer.size % outer.block_p == expand.size % expand.block_p == 0
+        assert expand.block_r >= R or not expand.fused
+    assert expand_grad_tiles(16, torch.bfloat16, torch.bfloat16).fused
