@@ -72,24 +72,21 @@ def times(replays: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 @torch.no_grad()
 def measure(case: Case, read: float, peers: dict[str, Peer]) -> dict:
-    """One case's row of the results. A peer that fails here is left out, with its reason."""
+    """One case's row of the results. Who fails here, other than we, is left out, with the reason."""
     right, layers, failed = case.checker(), range(case.layers), {}
-    right(OURS, case.ours)
     replays = {"base": captured([lambda i=i: case.base(i) for i in layers])}
-
-    def capture(name, add):
-        alone = captured([lambda i=i: add(i) for i in layers])
-        with_base = captured([lambda i=i, f=f: f(i) for i in layers for f in (case.base, add)])
-        replays.update({name: alone, "base + " + name: with_base})
-
-    for name, add in case.providers().items():
-        capture(name, add)
-    for name, bind in peers.items():
+    in_torch = {name: lambda _, call=call: call for name, call in case.providers().items()}
+    for name, bind in {**in_torch, **peers}.items():
         try:
-            if (call := bind(case)) is not None:
-                right(name, call)
-                capture(name, call)
+            if (call := bind(case)) is None:
+                continue
+            right(name, call)
+            alone = captured([lambda i=i, call=call: call(i) for i in layers])
+            both = captured([lambda i=i, f=f: f(i) for i in layers for f in (case.base, call)])
+            replays.update({name: alone, "base + " + name: both})
         except Exception as error:
+            if name == OURS:
+                raise
             failed[name] = reason(error)
     took = {name: t / case.layers for name, t in times(replays).items()}
     return {
@@ -184,6 +181,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: the path, no times")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.dry_run:
+        torch.set_num_threads(1)  # tiny products gain nothing from more, and wait for each other on a busy machine
     end = time.monotonic() + options.seconds
     device, todo = "cpu" if options.dry_run else "cuda", list(cases(options.dry_run))
     peers, missing = load(options.peers) if options.peers else ({}, {})
