@@ -121,38 +121,62 @@ def _step(info: dict[str, Any]) -> str:
     return f"{info['rows']} × {info['tokens']}, {'mixed' if info['mixed'] else 'one adapter'}"
 
 
+LAYER = "layer of Llama-3.1-8B, rows × adapters"
+USUAL = [("o", 16), ("gate_up", 16)]  # the layers and the rank whose cases are all shown
+TELLING = [(64, 64), (2048, 8)]  # the rows and adapters shown of the others
+
+
 def gpu(result: Result) -> list[Table]:
-    """The tables of ``gpu_low_rank.py``: its cases of rank 16 of two layers, and what the GPU reaches."""
-    cases = [c for c in result.found.get("cases", ()) if c["rank"] == 16 and c["site"] in ("o", "gate_up")]
-    if not cases:
+    """The tables of ``gpu_low_rank.py``, of ranks and layers that tell most, and what the GPU reaches."""
+    cases = result.found.get("cases", ())
+    usual = [c for c in cases if (c["site"], c["rank"]) in USUAL]
+    if not usual:
         return []
+    tables = [_gpu_cases("bf16, rank 16, a plan given, cold factors", LAYER, usual, "{site}, {rows} × {adapters}")]
+    # Results from before there were all these ranks have one table.
+    if {8, 128} <= {case["rank"] for case in cases}:
+        others = [c for c in cases if c not in usual and (c["rows"], c["adapters"]) in TELLING]
+        name = "layer, rows × adapters, rank"
+        title = 'Other layers and ranks, "mixed" being ranks of 8, 16, 32 and 64 padded to 64'
+        tables.append(_gpu_cases(title, name, others, "{site}, {rows} × {adapters}, {rank}"))
+    if plans := result.found.get("plans"):
+        columns = ["rows × adapters", *(f"{plan['rows']} × {plan['adapters']}" for plan in plans)]
+        rows = [["one plan", *(f"{plan['us']:.1f}" for plan in plans)]]
+        tables.append(Table("Grouping the rows of a step, which all its layers share, µs", columns, rows))
+    if training := result.found.get("training"):
+        others = [name for name in training[0]["us"] if name != OURS]
+        rows = [
+            [
+                f"{case['site']}, {case['rows']} × {case['adapters']}",
+                f"{case['us'][OURS]:.0f}",
+                *(f"{case['us'][name] / case['us'][OURS]:.1f}×" for name in others),
+            ]
+            for case in training
+        ]
+        title = f"A forward and a backward pass, rank {training[0]['rank']}, launched one by one"
+        tables.append(Table(title, [LAYER, "µs", *(f"{n} takes" for n in others)], rows))
+    rates = result.found["roofs"]
+    roof = ["roof", *(f"{rates[name] / 1e12:.2f}" for name in ("read", "copy")), f"{rates['bf16'] / 1e12:.0f}"]
+    return [*tables, Table("What the GPU reaches", ["", "read, TB/s", "copy, TB/s", "bf16, TFLOP/s"], [roof])]
+
+
+def _gpu_cases(title: str, first: str, cases: Sequence[dict[str, Any]], name: str) -> Table:
+    """One row a case, named by the format ``name``, with what each other provider takes."""
     others = list(dict.fromkeys(name for case in cases for name in case["providers"] if name != OURS))
     rows = []
     for case in cases:
         own, floor = case["providers"][OURS], case["floor_us"]
-        found = (case["providers"].get(name) for name in others)
+        found = (case["providers"].get(other) for other in others)
         rows.append(
             [
-                f"{case['site']}, {case['rows']} × {case['adapters']}",
+                name.format_map(case),
                 *(f"{us:.1f}" for us in (case["base_us"], floor, own["alone_us"], own["exposed_us"])),
                 f"{floor / own['alone_us']:.0%}",
                 *(f"{other['alone_us'] / own['alone_us']:.1f}×" if other else "" for other in found),
             ]
         )
-    columns = [
-        "layer of Llama-3.1-8B, rows × adapters",
-        "base, µs",
-        "floor, µs",
-        "µs",
-        "added to the base, µs",
-        "% of roof",
-    ]
-    rates = result.found["roofs"]
-    roof = ["roof", *(f"{rates[name] / 1e12:.2f}" for name in ("read", "copy")), f"{rates['bf16'] / 1e12:.0f}"]
-    return [
-        Table("bf16, rank 16, a plan given, cold factors", [*columns, *(f"{n} takes" for n in others)], rows),
-        Table("What the GPU reaches", ["", "read, TB/s", "copy, TB/s", "bf16, TFLOP/s"], [roof]),
-    ]
+    columns = [first, "base, µs", "floor, µs", "µs", "added to the base, µs", "% of roof"]
+    return Table(title, [*columns, *(f"{n} takes" for n in others)], rows)
 
 
 SECTIONS = {"low_rank": low_rank, "peft": peft, "gpu": gpu}

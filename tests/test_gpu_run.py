@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -11,18 +13,25 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def gpu_run(out, *arguments):
+def gpu_run(out, *arguments, **variables):
     command = [ROOT / "benchmarks" / "gpu_run.sh", out, *arguments]
-    return subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    env = {**os.environ, "PYTHON": sys.executable, **{name: str(value) for name, value in variables.items()}}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
 
 
 def test_dry_run_measures_every_kind_of_case(tmp_path):
     for stage in ("tests", "bench"):
-        done = gpu_run(tmp_path, "--dry-run", "--only", stage)
+        done = gpu_run(tmp_path, "--dry-run", "--only", stage, LORA_KERNELS_PEERS=tmp_path / "nothing")
         assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_low_rank.json").read_text())
-    assert {case["rank"] for case in found["cases"]} == {16, "mixed"}
+    assert {case["rank"] for case in found["cases"]} == {8, 16, 64, 128, "mixed"}
     assert all(case["bytes"] > 0 and "lora_kernels" in case["providers"] for case in found["cases"])
+    assert found["plans"]
+    assert {name for case in found["training"] for name in case["us"]} == {"lora_kernels", "torch loop"}
+    assert found["left_out"] == 0
+    for name, why in found["missing_peers"].items():
+        assert f"{name} is not timed: {why}" in (tmp_path / "bench.log").read_text()
+    assert set(found["missing_peers"]) == {"vLLM", "SGLang csgmv"}
     assert "skipped" in (tmp_path / "tests.log").read_text()
     again = gpu_run(tmp_path, "--dry-run", "--only", "bench")
     assert again.stdout == "bench: done before\n"
@@ -36,6 +45,24 @@ def test_a_failed_stage_is_told_and_not_taken_as_done(tmp_path):
     assert "bench: FAILED" in done.stdout
     assert "IsADirectoryError" in done.stdout
     assert not (tmp_path / "done--dry-run").exists()
+
+
+def test_a_stage_ends_at_its_limit_with_all_it_started(tmp_path):
+    hangs = tmp_path / "hangs"
+    hangs.write_text(f"#!/bin/bash\n(trap '' TERM; exec sleep 60) &\necho $! >{tmp_path}/child\nsleep 60\n")
+    soon = tmp_path / "timeout"
+    soon.write_text(f'#!/bin/bash\nshift 3\nexec {shutil.which("timeout")} -k 1 1 "$@"\n')
+    for file in (hangs, soon):
+        file.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    start = time.monotonic()
+    done = gpu_run(tmp_path / "out", "--dry-run", "--only", "bench", PYTHON=hangs, PATH=path)
+    assert time.monotonic() - start < 30
+    assert done.returncode == 1
+    assert "bench: FAILED with 124" in done.stdout
+    # Whoever adopts it need not have reaped it yet.
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
 
 
 def test_what_cannot_run_is_no_success(tmp_path):

@@ -164,6 +164,31 @@ def test_a_gpu_table_says_what_the_result_says(report, tmp_path):
     assert "Y; torch 2.11.0, triton 3.6.0; medians of 20 replays" in text
 
 
+def test_a_gpu_result_of_all_ranks_shows_them_its_peers_plans_and_training(report, tmp_path):
+    found = on_gpu()
+    peer = {"vLLM": {"alone_us": 10.0, "exposed_us": 11.0}}
+    case = {**found["cases"][0], "rows": 64, "adapters": 64}
+    case["providers"] = case["providers"] | peer
+    found["cases"].append({**case, "rows": 256})
+    found["cases"] += [{**case, "rank": rank} for rank in (8, 128, "mixed")]
+    found["cases"] += [{**case, "rank": 8, "rows": 8}, {**case, "site": "Qwen down"}]
+    found["plans"] = [{"rows": 64, "adapters": 8, "us": 5.25}, {"rows": 256, "adapters": 64, "us": 6.5}]
+    found["training"] = [{"site": "o", "rows": 2048, "adapters": 8, "rank": 16,
+                          "us": {"lora_kernels": 200.0, "torch loop": 900.0}}]  # fmt: skip
+    text = report.insert(README, [report.Result(found)], tmp_path)
+    assert cells(text, "o, 8 × 2") == ["17.0", "2.0", "4.0", "3.0", "50%", "5.0×", ""]
+    assert cells(text, "o, 256 × 64") == ["17.0", "2.0", "4.0", "3.0", "50%", "5.0×", "2.5×"]
+    for row in ("o, 64 × 64, 8", "o, 64 × 64, 128", "o, 64 × 64, mixed", "Qwen down, 64 × 64, 16"):
+        assert cells(text, row) == ["17.0", "2.0", "4.0", "3.0", "50%", "5.0×", "2.5×"]
+    assert "o, 8 × 64, 8" not in text
+    assert text.count("vLLM takes") == 2
+    assert cells(text, "rows × adapters") == ["64 × 8", "256 × 64"]
+    assert cells(text, "one plan") == ["5.2", "6.5"]
+    assert cells(text, "o, 2048 × 8") == ["200", "4.5×"]
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
