@@ -35,4 +35,6 @@ def overlap(device: torch.device, wanted: bool) -> dict[str, bool]:
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the tensor's GPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _device
+from ._repeat import launch
 
 HEADER = tl.constexpr(3)  # of a plan table, besides its L offsets: P, L and the last offset
 
@@ -175,7 +176,8 @@ def write_plan(table: Tensor, ids: Tensor, indptr: Tensor | None, order: Tensor 
     elif segmented:
         pairs = table.numel() - num_adapters - 3
     with _device.on(table):
-        plan_kernel[(max(num_adapters, 1),)](
+        launch(
+            plan_kernel, (max(num_adapters, 1),),
             table, ids, indptr.contiguous() if segmented else ids, or_else(order, ids),
             pairs, segments, (segments + 1).bit_length(), num_adapters,
             BLOCK=min(max(triton.next_power_of_2(pairs), 32), 1024), SEGMENTED=segmented, ORDERED=order is not None,
@@ -211,7 +213,8 @@ def sum_into(out: Tensor, parts: Tensor, *, add: bool = False) -> None:
         return
     block_n = min(triton.next_power_of_2(columns), 512)
     block_m = 1024 // block_n
-    sum_kernel[(triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))](
+    launch(
+        sum_kernel, (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)),
         out, parts, rows, columns, parts.shape[0], *out.stride(), *parts.stride()[:2],
         BLOCK_M=block_m, BLOCK_N=block_n, ADD=add, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -13,12 +13,14 @@ from lora_kernels.reference import low_rank as reference
 from lora_kernels.select import expand_grad_tiles, expand_tiles, outer_tiles, shrink_tiles
 
 from . import _device
+from ._repeat import launch, repeatable
 from .grouped import block_l, or_else, planned, sum_into, tiles, write_plan
 from .low_rank_kernels import expand_grad_kernel, expand_kernel, gather_kernel, outer_kernel, shrink_kernel
 
 LISTED_MOST = 64  # matrices of a list that a kernel takes as they are; more are stacked by a copy
 
 
+@repeatable
 def lora_plan_(
     table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: int, order: Tensor | None = None
 ) -> None:
@@ -42,6 +44,7 @@ def lora_shrink(
         return _whole(_shrink(x, a, plan, ranks, pairs, whole=True))
 
 
+@repeatable
 def lora_expand_(
     y: Tensor,
     v: Tensor,
@@ -61,6 +64,7 @@ def lora_expand_(
         _expand_(y, v.contiguous()[None], b, plan, scaling, ranks, weights, scale)
 
 
+@repeatable
 def lora_add_(
     y: Tensor,
     x: Tensor,
@@ -180,11 +184,9 @@ class _Factors(NamedTuple):
 
 def _factors(factors: Sequence[Tensor], rank_axis: int) -> _Factors:
     column_axis = -3 - rank_axis
-    if factors[0].dim() == 2:
-        factors = [factors[0][None]] if len(factors) == 1 else factors
-        if len(factors) > LISTED_MOST:
-            factors = [_stacked(factors, rank_axis)]
     listed = factors[0].dim() == 2
+    if listed and len(factors) > LISTED_MOST:
+        factors, listed = [_stacked(factors, rank_axis)], False
     ranks = tuple(f.shape[rank_axis] for f in factors)
     return _Factors(
         tuple(factors),
@@ -224,7 +226,8 @@ def _shrink(x: Tensor, A: _Factors, plan, ranks, pairs: int, whole: bool, packed
         return parts
     blocks = 1 if tile.slices > 1 else S * triton.cdiv(R, tile.block_r)
     grid = (tiles(pairs, L, tile.block_m, plan), tile.split, blocks)
-    shrink_kernel[grid](
+    launch(
+        shrink_kernel, grid,
         parts, rows, A.tensors, or_else(plan, parts), or_else(ranks, parts), A.ranks,
         pairs, reference.pairs_per_row(pairs, rows.shape[0]), L, K, R,
         *rows.stride(), A.by_adapter, A.by_rank, A.by_column, *_strides(ranks),
@@ -287,7 +290,8 @@ def _expand_(
         tile = expand_tiles(pairs, L, R, S if summed else 1, B.dtype)
         per_program = tile.block_n * tile.group
         grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in columns))
-        expand_kernel[grid](
+        launch(
+            expand_kernel, grid,
             out, parts, B.tensors, or_else(plan, parts), or_else(scaling, parts), or_else(ranks, parts), B.ranks,
             or_else(_flat(weights), parts), pairs, L, R, scale, columns,
             *out.stride(), B.by_adapter, B.by_column, B.by_rank, width, *_strides(scaling), *_strides(ranks),
@@ -314,7 +318,8 @@ def _expand_grad(
     planes = make(grid[1], pairs, R, dtype=torch.float32, device=dy.device)
     parts = torch.empty(grid[0], N, R, dtype=torch.float32, device=dy.device)
     if parts.numel() and planes.numel():
-        expand_grad_kernel[grid](
+        launch(
+            expand_grad_kernel, grid,
             planes, parts, rows, v, B.tensors, or_else(plan, v), or_else(ranks, v), B.ranks,
             or_else(_flat(weights), v), pairs, reference.pairs_per_row(pairs, rows.shape[0]), L, N, R,
             *rows.stride(), B.by_adapter, B.by_column, B.by_rank, 0 if ranks is None else ranks.stride(0),
@@ -338,7 +343,8 @@ def _outer(u: Tensor, w: Tensor, L: int, plan, scaling, weights, scale, pairs: i
     grid = (tiles(pairs, L, tile.size, plan), triton.cdiv(S * R, tile.block_u), triton.cdiv(W, tile.block_w))
     parts = torch.empty(grid[0], S, R, W, dtype=torch.float32, device=u.device)
     if parts.numel():
-        outer_kernel[grid](
+        launch(
+            outer_kernel, grid,
             parts, u, right, or_else(plan, parts), or_else(_flat(weights), parts),
             pairs, reference.pairs_per_row(pairs, u.shape[1]), reference.pairs_per_row(pairs, right.shape[0]),
             L, R, S * R, W, *u.stride(), *right.stride(),
@@ -357,7 +363,8 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
     elements = parts.shape[1] * parts.shape[2]
     out = torch.empty(L, *parts.shape[1:], dtype=dtype, device=parts.device)
     if out.numel():
-        gather_kernel[(L, triton.cdiv(elements, 1024))](
+        launch(
+            gather_kernel, (L, triton.cdiv(elements, 1024)),
             out, parts, or_else(plan, parts), or_else(scaling, parts), pairs, L, elements, parts.stride(0), scale,
             0 if scaling is None else scaling.stride(0),
             SIZE=size, BLOCK=1024, PLANNED=plan is not None, SCALED=scaling is not None,

@@ -21,7 +21,7 @@ from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend
+from ..ops._dispatch import extension_error, forced_backend, has_triton
 from ..ops._low_rank import lora_add_
 from ..ops.lora_linear import _LoRALinear
 from ..ops.low_rank import _call, _multi_lora
@@ -37,7 +37,7 @@ INACTIVE = "base layer only: no active adapter here"
 BASE_ONLY = frozenset({DISABLED, MERGED, INACTIVE})
 
 _autocast = torch._C._is_any_autocast_enabled
-_compiled = extension_error is None
+_compiled, _triton = extension_error is None, has_triton("low_rank")
 _add, _native = lora_add_.overload, lora_add_.native
 
 
@@ -51,7 +51,8 @@ class FusedMixin:
         refusal = None
         if not (args or kwargs):
             try:
-                y = None if is_dynamo_compiling() else repeat(self, x, adapter_names)
+                on_gpu = type(x) is Tensor and x.is_cuda
+                y = None if on_gpu or is_dynamo_compiling() else repeat(self, x, adapter_names)
                 if y is None:
                     y = _forward(self, x, adapter_names)
                 if y is not None:
@@ -98,7 +99,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         return None
     compiling = is_compiling()
     forced = None if compiling else forced_backend()
-    if forced is None and not (_compiled and x.is_cpu):
+    if forced is None and not (_compiled if x.is_cpu else _triton and x.is_cuda):
         return None
 
     wanted, table = None, None
@@ -140,7 +141,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     args = (y, x, A, B, None, None, table, scaling, None, None, scale)
     if forced is not None:
         _call(lora_add_, _check.add, y, args)
-    elif compiling or _native is None or not _native(*args):
+    elif compiling or _native is None or not x.is_cpu or not _native(*args):
         _add(*args)
     return y
 

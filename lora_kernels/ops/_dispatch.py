@@ -150,7 +150,11 @@ class Op:
         """
         if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args[:2]):
             return self.reference(*args)
-        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{self.family}"), self.name)(*args)
+        return self._launch(*args)
+
+    @functools.cached_property
+    def _launch(self) -> Callable:
+        return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{self.family}"), self.name)
 
     def __call__(self, *args: Any) -> Any:
         if is_compiling():
