@@ -1,9 +1,9 @@
 """Launches without what is the same each time.
 
-A launch through Triton takes some 30 µs of the host's time: it looks at every argument to find the compiled kernel. An op
-that is called again with tensors of the same kinds, as every layer of every step does, launches the same kernels with
-the same numbers, and only addresses differ. So :func:`repeatable` notes what an op allocates and launches, and does
-just that the next time.
+A launch through Triton takes some 30 µs of the host's time: it looks at every argument to find the compiled kernel.
+An op that is called again with tensors of the same kinds, as every layer of every step does, launches the same kernels
+with the same numbers, and only addresses differ. So :func:`repeatable` notes what an op allocates and launches, and
+does just that the next time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
 
 
 def _kind(args: tuple) -> tuple:
-    """All that decides which kernels an op launches and with which numbers: what Triton specialises on is part of it."""
+    """All that decides which kernels an op launches with which numbers: also what Triton specialises on."""
     kind: list[Any] = [args[0].get_device()]
     for a in args:
         if isinstance(a, Tensor):
