@@ -116,33 +116,94 @@ def test_a_row_does_not_feel_its_batch(name, K, N, R):
         assert bitwise_equal(lk.bgmv(y[rows].clone(), x[rows], A, B, ids[rows]), want[rows]), rows
 
 
+GRADIENTS = ("gate-up-live-ranks", "qkv-shared-ranks", "listed-live-ranks", "mixture-of-3", "r100", "no-adapter")
+
+
 @pytest.mark.parametrize("name", LOW_RANK_DTYPES)
-@pytest.mark.parametrize("k", (0, 2))
-def test_gradients(name, k):
-    dtypes = LOW_RANK_DTYPES[name]
-    sample = next(s for s in low_rank_samples(*dtypes) if s.name == ("mixture-of-3" if k else "gate-up-live-ranks"))
+@pytest.mark.parametrize("sample", GRADIENTS)
+def test_gradients(name, sample):
+    sample = next(s for s in low_rank_samples(*LOW_RANK_DTYPES[name]) if s.name == sample)
 
     def gradients(function, device, make_leaf):
         a = sample.make(0)
-        a["x"], a["y"] = a["x"].nan_to_num(), a["y"].nan_to_num()
-        a["A"], a["B"] = (tuple(t.nan_to_num() for t in a[f]) for f in "AB")
-        a = {n: tuple(t.to(device) for t in v) if isinstance(v, tuple) else v.to(device) if isinstance(v, torch.Tensor)
-             else v for n, v in a.items()}  # fmt: skip
-        leaves = [make_leaf(t) for t in (a["x"], a["y"], *a["A"], *a["B"])]
-        count = len(a["A"])
-        a["x"], a["y"], a["A"], a["B"] = leaves[0], leaves[1], tuple(leaves[2 : 2 + count]), tuple(leaves[2 + count :])
-        out = function(**a)
+        form, count = type(a["A"]), 1 if isinstance(a["A"], torch.Tensor) else len(a["A"])
+        factors = [t for f in "AB" for t in ((a[f],) if count == 1 else a[f])]
+        leaves = [make_leaf(t.nan_to_num().to(device)) for t in (a["x"], a["y"], *factors)]
+        A, B = leaves[2 : 2 + count], leaves[2 + count : 2 + 2 * count]
+        A, B = (A[0], B[0]) if form is torch.Tensor else (form(A), form(B))
+        rest = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in a.items()}
+        if rest["weights"] is not None:
+            rest["weights"] = make_leaf(rest["weights"])
+            leaves.append(rest["weights"])
+        out = function(**{**rest, "x": leaves[0], "y": leaves[1], "A": A, "B": B})
         weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(device, out.dtype)
-        return torch.autograd.grad(out, leaves, weight)
+        return torch.autograd.grad(out, leaves, weight, materialize_grads=True)
 
     leaf = lambda t: t.detach().clone().requires_grad_()  # noqa: E731
     got = gradients(lk.multi_lora, "cuda", leaf)
     again = gradients(lk.multi_lora, "cuda", leaf)
     plain = gradients(low_rank_plain, "cpu", leaf)
     want = gradients(low_rank_oracle, "cpu", lambda t: t.detach().double().requires_grad_())
-    for what, g, g2, p, w in zip(("x", "y", "A", "A", "B", "B"), got, again, plain, want, strict=True):
+    for i, (g, g2, p, w) in enumerate(zip(got, again, plain, want, strict=True)):
         assert bitwise_equal(g, g2)
-        assert_within_rule(g.cpu(), w, p, noise=2**-20 * rms(w), what=f"d{what}")
+        assert_within_rule(g.cpu(), w, p, noise=2**-20 * rms(w), what=f"gradient {i}")
+
+
+@pytest.mark.parametrize("dtype", ("fp32", "bf16", "bf16-masters"))
+@pytest.mark.parametrize("R, slices", ((8, 1), (16, 3), (40, 1), (128, 2)))
+def test_gradients_of_many_rows(dtype, R, slices):
+    """Adapters of several tiles, some thousand rows, against fp64 on the GPU."""
+    dtypes, M, K, N, L = LOW_RANK_DTYPES[dtype], 3000, 520, 264, 3
+    x, dy = torch.randn(M, K, device="cuda").to(dtypes.x), torch.randn(M, N * slices, device="cuda").to(dtypes.y)
+    A, B = (
+        [torch.randn(size, device="cuda").to(dtypes.factors) for _ in range(slices)] for size in ((L, R, K), (L, N, R))
+    )
+    ids = torch.randint(-1, L, (M,), device="cuda")
+
+    def gradients(cast):
+        leaves = [t.detach().to(cast or t.dtype, copy=True).requires_grad_() for t in (x, *A, *B)]
+        a, b = tuple(leaves[1 : 1 + slices]), tuple(leaves[1 + slices :])
+        out = lk.multi_lora(leaves[0], a, b, ids, y=torch.zeros_like(dy, dtype=cast or dtypes.y))
+        return torch.autograd.grad(out, leaves, dy.to(out.dtype))
+
+    got, again = gradients(None), gradients(None)
+    with lk.backend("reference"):
+        want = gradients(torch.float64)
+    for i, (g, g2, w) in enumerate(zip(got, again, want, strict=True)):
+        assert bitwise_equal(g, g2), i
+        unit = 2**-22 if g.dtype == torch.float32 else 2**-8
+        assert rms(g.double() - w) <= unit * rms(w), i
+
+
+@pytest.mark.parametrize("name", ("fp32", "bf16"))
+def test_slices_of_many_rows(name):
+    """More rows than a small batch has: x is read once for all slices, and each has the bits it has alone."""
+    dtypes, M, K, R, L, widths = LOW_RANK_DTYPES[name], 2000, 4096, 16, 4, (512, 128, 100)
+    x, y = torch.randn(M, K, device="cuda").to(dtypes.x), torch.randn(M, sum(widths), device="cuda").to(dtypes.y)
+    A = tuple(torch.randn(L, R, K, device="cuda").to(dtypes.factors) / 64 for _ in widths)
+    B = tuple(torch.randn(L, n, R, device="cuda").to(dtypes.factors) for n in widths)
+    ids = torch.randint(-1, L, (M,), device="cuda")
+    got = lk.bgmv(y.clone(), x, A, B, ids)
+    for s, part in enumerate(y.split(widths, 1)):
+        alone = lk.bgmv(part.clone(), x, A[s], B[s], ids)
+        assert bitwise_equal(got.split(widths, 1)[s].clone(), alone), s
+
+
+def test_repeated_calls():
+    """A call of a kind that was seen before skips what Triton finds out at a launch: other tensors, the same bits."""
+    L, K, N, R = 5, 640, 384, 16
+    A, B = torch.randn(L, R, K, device="cuda"), torch.randn(L, N, R, device="cuda")
+    store = torch.randn(9 * K + 1, device="cuda")
+    for M in (3, 9, 3, 9, 9):
+        for shift in (0, 1, 0, 1):  # aligned, not aligned
+            x, ids = store[shift : shift + M * K].view(M, K), torch.randint(-1, L, (M,), device="cuda")
+            y = torch.randn(M, N, device="cuda")
+            want = lk.bgmv_expand(y.clone(), lk.bgmv_shrink(x, A, ids), B, ids)
+            plan = lk.BatchPlan.from_ids(ids, L)
+            for routing in (ids, plan, ids, plan):
+                assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, routing), want)
+            listed = lk.bgmv(y.clone(), x, list(A), list(B), ids)
+            torch.testing.assert_close(listed, want)
 
 
 def test_a_captured_graph_serves_other_ids():
