@@ -135,29 +135,35 @@ def shrink_tiles(
         slices=together,
         chunk=chunk,
         chunks=chunks,
-        split=chunks if pairs * R <= 32768 else 1,
+        # Not where the expand would add the parts of every block of ranks again for each group of columns.
+        split=chunks if pairs * R <= 32768 and not (tall and _expand_block_r(R, factors) < R) else 1,
         num_warps=4,
         num_stages=min(5 if half and tall else 3, max(gpu.shared // stage, 1)),
     )
 
 
-def expand_tiles(pairs: int, L: int, R: int, terms: int, factors: torch.dtype) -> ExpandTiles:
+def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.dtype) -> ExpandTiles:
     """For ``pairs`` rows over ``L`` adapters of ``[N, R]``, ``terms`` of them summed into each column.
 
     Sizes are those that were fastest on an H100, for one term.
     """
-    half = factors != torch.float32
-    block_r = min(max(_power_of_2(R), 16), 64 if half else 32)
-    if pairs > 256 and pairs >= 32 * L:
-        return ExpandTiles(
-            block_m=32,
-            block_n=64,
-            block_r=block_r,
-            group=8,
-            num_warps=2 if half and terms == 1 else 4,
-            num_stages=3 if terms == 1 else 2,
-        )
-    return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4, num_stages=1)
+    block_r = _expand_block_r(R, factors)
+    wider = 1 if factors == torch.bfloat16 else 2  # all others are multiplied as fp32, in twice the registers
+    if pairs <= 256 or pairs < 32 * L:
+        return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4 * wider, num_stages=1)
+    blocks = (pairs // 32 + L) * (N // 64)
+    return ExpandTiles(
+        block_m=32,
+        block_n=64,
+        block_r=block_r,
+        group=next((group for group in (8, 4) if blocks >= 512 * group), 2),  # enough programs for a large GPU
+        num_warps=(2 if terms == 1 else 4) * wider,
+        num_stages=3 if terms == 1 else 2,
+    )
+
+
+def _expand_block_r(R: int, factors: torch.dtype) -> int:
+    return min(max(_power_of_2(R), 16), 64 if factors == torch.bfloat16 else 32)
 
 
 def outer_tiles(U: int) -> OuterTiles:

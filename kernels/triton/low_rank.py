@@ -181,6 +181,12 @@ class _Factors(NamedTuple):
     def dtype(self) -> torch.dtype:
         return self.tensors[0].dtype
 
+    @property
+    def grain(self) -> int:
+        """8 where the ranks of a column lie side by side, in eights and from a multiple of 16 bytes on; else 1."""
+        sizes = (*self.by_column, self.rank, *(self.ranks if self.listed else self.by_adapter))
+        return 1 if self.by_rank != (1,) or any(n % 8 for n in sizes) or any(map(_shifted, self.tensors)) else 8
+
 
 def _factors(factors: Sequence[Tensor], rank_axis: int) -> _Factors:
     column_axis = -3 - rank_axis
@@ -287,7 +293,7 @@ def _expand_(
         overlap = overlap and out.data_ptr() == y.data_ptr()  # else the kernel before is y's copy
         L, R, S = B.adapters, B.rank, len(B.widths)
         columns = B.widths[:1] if summed else B.widths
-        tile = expand_tiles(pairs, L, R, S if summed else 1, B.dtype)
+        tile = expand_tiles(pairs, L, sum(columns), R, S if summed else 1, B.dtype)
         per_program = tile.block_n * tile.group
         grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in columns))
         launch(
@@ -297,6 +303,7 @@ def _expand_(
             *out.stride(), B.by_adapter, B.by_column, B.by_rank, width, *_strides(scaling), *_strides(ranks),
             S=len(columns), TERMS=S if summed else 1, SPLIT=parts.shape[0], GROUP=tile.group, STAGES=tile.num_stages,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
+            GRAIN=B.grain, V_GRAIN=1 if packed or width % 8 or _shifted(parts) else 8,
             PLANNED=plan is not None, LISTED=B.listed, PACKED=packed, SCALED=scaling is not None,
             RANKED=ranks is not None, WEIGHTED=weights is not None, ONE_BLOCK_OF_RANKS=tile.block_r >= R,
             PRECISION=_device.precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -324,8 +331,8 @@ def _expand_grad(
             or_else(_flat(weights), v), pairs, reference.pairs_per_row(pairs, rows.shape[0]), L, N, R,
             *rows.stride(), B.by_adapter, B.by_column, B.by_rank, 0 if ranks is None else ranks.stride(0),
             SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
-            PLANNED=plan is not None, LISTED=B.listed, RANKED=ranks is not None, WEIGHTED=weights is not None,
-            PARTS=_parts(dtype), PRECISION=_device.precision(),
+            GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, RANKED=ranks is not None,
+            WEIGHTED=weights is not None, PARTS=_parts(dtype), PRECISION=_device.precision(),
             num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     if N:
@@ -371,6 +378,11 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out
+
+
+def _shifted(t: Tensor) -> bool:
+    """Whether it begins elsewhere than at a multiple of 16 bytes."""
+    return t.data_ptr() % 16 != 0
 
 
 def _parts(result: torch.dtype) -> int:

@@ -122,12 +122,39 @@ def shrink_kernel(
 
 
 @triton.jit
-def _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT: tl.constexpr, WEIGHTED: tl.constexpr):
-    """s · w · Σ_c v[c] for a tile of pairs and a block of ranks."""
-    mask = live[:, None] & (r < rank)[None, :]
-    v = tl.load(v_at + r[None, :], mask=mask, other=0.0)
-    for c in tl.static_range(1, SPLIT):
-        v += tl.load(v_at + r[None, :] + c * size, mask=mask, other=0.0)
+def _rank_block(at, stride, r, rank, inside, GRAIN: tl.constexpr, RANKED: tl.constexpr):
+    """B's ranks r, [ranks, columns], from ``at [columns]`` on; 0 past the live rank.
+
+    Loaded GRAIN at a time, where the ranks of every column begin at a multiple of 16 bytes: only so are loads wide
+    whatever the live rank. What is past it is dropped.
+    """
+    if GRAIN > 1:
+        at = tl.multiple_of(at, 16)
+    block = tl.load(
+        at[None, :] + r.to(tl.int64)[:, None] * stride,
+        mask=(r // GRAIN * GRAIN < rank)[:, None] & inside[None, :], other=0.0,
+    )  # fmt: skip
+    if RANKED and GRAIN > 1:
+        block = tl.where((r < rank)[:, None], block, 0.0)
+    return block
+
+
+@triton.jit
+def _v_block(
+    v_at, r, rank, size, factor, weights, pair, live,
+    SPLIT: tl.constexpr, GRAIN: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """s · w · Σ_c v[c] for a tile of pairs and a block of ranks, loaded as :func:`_rank_block` loads B's."""
+    mask = live[:, None] & (r // GRAIN * GRAIN < rank)[None, :]
+    v = tl.zeros([live.shape[0], r.shape[0]], tl.float32)
+    for c in tl.static_range(SPLIT):
+        at = v_at + c * size
+        if GRAIN > 1:
+            at = tl.multiple_of(at, 16)
+        part = tl.load(at[:, None] + r[None, :], mask=mask, other=0.0)
+        v = part if c == 0 else v + part
+    if GRAIN > 1:
+        v = tl.where((r < rank)[None, :], v, 0.0)
     v *= factor
     if WEIGHTED:
         v *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
@@ -139,8 +166,9 @@ def expand_kernel(
     y, v, B, plan, scaling, ranks, widths, weights, pairs, L, R, scale, columns,
     y_m, y_n, b_l, b_n, b_r, v_p, scaling_s, scaling_l, ranks_s, ranks_l,
     S: tl.constexpr, TERMS: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-    PLANNED: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr, RANKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr, GRAIN: tl.constexpr,
+    V_GRAIN: tl.constexpr, PLANNED: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr,
+    RANKED: tl.constexpr,
     WEIGHTED: tl.constexpr, ONE_BLOCK_OF_RANKS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and GROUP blocks of one slice's columns.
@@ -178,13 +206,13 @@ def expand_kernel(
         factor *= tl.load(scaling + s * scaling_s + adapter * scaling_l)
     b_of = _factor(B, b_l, s, adapter, LISTED)
     if PACKED:
-        v_at = v + pair[:, None] * v_p + s * rank
+        v_at = v + pair * v_p + s * rank
     else:
-        v_at = v + (pairs.to(tl.int64) * s + pair)[:, None] * v_p
+        v_at = v + (pairs.to(tl.int64) * s + pair) * v_p
     if OVERLAP and not early:
         gdc_wait()
     if hoisted:
-        v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+        v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
     for j in tl.range(0, GROUP, num_stages=STAGES):
         n = (group * GROUP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = live[:, None] & (n < width)[None, :]
@@ -198,27 +226,22 @@ def expand_kernel(
                 if SCALED:
                     factor *= tl.load(scaling + term * scaling_s + adapter * scaling_l)
                 b_of = _factor(B, b_l, term, adapter, LISTED)
-                v_at = v + (pairs.to(tl.int64) * term + pair)[:, None] * v_p
-            b_at = b_of + n.to(tl.int64)[None, :] * _stride(b_n, s + term, adapter, LISTED)
+                v_at = v + (pairs.to(tl.int64) * term + pair) * v_p
+            b_at = b_of + n.to(tl.int64) * _stride(b_n, s + term, adapter, LISTED)
             step_r = _stride(b_r, s + term, adapter, LISTED)
             if ONE_BLOCK_OF_RANKS:
-                b_block = tl.load(
-                    b_at + r.to(tl.int64)[:, None] * step_r, mask=(r < rank)[:, None] & (n < width)[None, :], other=0.0
-                )
+                b_block = _rank_block(b_at, step_r, r, rank, n < width, GRAIN, RANKED)
                 if early:
                     if OVERLAP:
                         gdc_wait()
                 if not hoisted:
-                    v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+                    v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
                 acc = dot(v_block, b_block, acc, PRECISION, 2)
             else:
                 for first in range(0, rank, BLOCK_R):
                     rr = first + r
-                    b_block = tl.load(
-                        b_at + rr.to(tl.int64)[:, None] * step_r,
-                        mask=(rr < rank)[:, None] & (n < width)[None, :], other=0.0,
-                    )  # fmt: skip
-                    v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, WEIGHTED)
+                    b_block = _rank_block(b_at, step_r, rr, rank, n < width, GRAIN, RANKED)
+                    v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
                     acc = dot(v_part, b_block, acc, PRECISION, 2)
         tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
 
@@ -228,8 +251,8 @@ def expand_grad_kernel(
     dv, dB, dy, v, B, plan, ranks, widths, weights, pairs, k, L, N, R,
     dy_m, dy_n, b_l, b_n, b_r, ranks_l,
     SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
-    PLANNED: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr, WEIGHTED: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRAIN: tl.constexpr, PLANNED: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr, WEIGHTED: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Both gradients that need dy, in one pass over it: for a block of columns of one slice and up to SIZE pairs,
 
@@ -243,11 +266,8 @@ def expand_grad_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     rank = _rank(ranks, widths, 0, adapter, R, 0, ranks_l, LISTED, RANKED)
-    b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64)[:, None] * _stride(b_n, 0, adapter, LISTED)
-    b_block = tl.load(
-        b_at + r.to(tl.int64)[None, :] * _stride(b_r, 0, adapter, LISTED),
-        mask=(n < N)[:, None] & (r < rank)[None, :], other=0.0,
-    )  # [BLOCK_N, BLOCK_R]  # fmt: skip
+    b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64) * _stride(b_n, 0, adapter, LISTED)
+    b_block = _rank_block(b_at, _stride(b_r, 0, adapter, LISTED), r, rank, n < N, GRAIN, RANKED)
     acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_P):
         pair, live = pairs_at(plan, first + tl.arange(0, BLOCK_P), stop, pairs, L, PLANNED)
@@ -256,7 +276,7 @@ def expand_grad_kernel(
         v_block = tl.load(v + pair[:, None] * R + r[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
         if WEIGHTED:
             v_block *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
-        part = dot(dy_block, b_block, tl.zeros([BLOCK_P, BLOCK_R], tl.float32), PRECISION)
+        part = dot(dy_block, tl.trans(b_block), tl.zeros([BLOCK_P, BLOCK_R], tl.float32), PRECISION)
         at = dv + (tl.program_id(1).to(tl.int64) * pairs + pair)[:, None] * R + r[None, :]
         tl.store(at, part, mask=live[:, None] & (r < R)[None, :])
         acc = dot(tl.trans(v_block), dy_block, acc, PRECISION, PARTS)

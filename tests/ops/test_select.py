@@ -109,7 +109,7 @@ def test_tiles_fit_in_shared_memory():
 
 def test_ranks_are_summed_alike_in_every_batch():
     for R, factors in itertools.product(RANKS, (torch.float32, torch.float16)):
-        tiles = [expand_tiles(pairs, L, R, 1, factors) for pairs in SIZES for L in (1, 64)]
+        tiles = [expand_tiles(pairs, L, N, R, 1, factors) for pairs in SIZES for L in (1, 64) for N in (64, 28672)]
         assert len({t.block_r for t in tiles}) == 1
         assert all(powers_of_two(t.block_m, t.block_n, t.block_r) for t in tiles)
 
