@@ -11,8 +11,6 @@ are added in order. So a row has the same bits in every batch.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,8 +19,10 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from lora_kernels.reference import low_rank as reference
-from lora_kernels.select import Gpu, expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import expand_tiles, outer_tiles, shrink_tiles
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from . import _device
 
 HEADER = tl.constexpr(3)  # of a plan table, besides its L offsets: P, L and the last offset
 
@@ -323,7 +323,7 @@ def lora_plan_(table: Tensor, ids: Tensor, indptr: Tensor | None, num_adapters: 
     segments = ids.numel()
     pairs = table.numel() - num_adapters - 3 if segmented else segments
     indptr = indptr.contiguous() if segmented else ids
-    with _on(table):
+    with _device.on(table):
         plan_kernel[(max(num_adapters, 1),)](
             table, ids, indptr, pairs, segments, (segments + 1).bit_length(), num_adapters,
             BLOCK=min(max(triton.next_power_of_2(pairs), 32), 1024), SEGMENTED=segmented,
@@ -344,7 +344,7 @@ def lora_shrink(
     if x.dtype == torch.float64:
         return reference.lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
     A = _stacked(A, -2)
-    with _on(x):
+    with _device.on(x):
         plan = _planned(pairs, A[0].shape[0], ids, indptr, plan, x)
         parts = _shrink(x, A, plan, ranks, pairs, whole=True)
         if parts.shape[0] == 1:
@@ -374,7 +374,7 @@ def lora_expand_(
     if v.dtype == torch.float64:
         return reference.lora_expand_(y, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
     B = _stacked(B, -1)
-    with _on(y):
+    with _device.on(y):
         plan = _planned(v.shape[1], B[0].shape[0], ids, indptr, plan, y)
         _expand_(y, v.contiguous()[None], B, plan, scaling, ranks, weights, scale)
 
@@ -398,7 +398,7 @@ def lora_add_(
     A, B = _stacked(A, -2), _stacked(B, -1)
     rows = x.shape[:-1].numel()
     pairs = weights.numel() if weights is not None else reference.num_pairs(rows, ids, indptr)
-    with _on(x):
+    with _device.on(x):
         plan = _planned(pairs, A[0].shape[0], ids, indptr, plan, x)
         parts = _shrink(x, A, plan, ranks, pairs, whole=False)
         _expand_(y, parts, B, plan, scaling, ranks, weights, scale, overlap=True)
@@ -424,7 +424,7 @@ def lora_outer(
     out = torch.empty(num_adapters, U, W, dtype=torch.float32, device=u.device)
     if not out.numel():
         return out
-    with _on(u):
+    with _device.on(u):
         plan = _planned(pairs, num_adapters, ids, indptr, plan, u)
         tiles = outer_tiles(U, W)
         grid = (num_adapters, triton.cdiv(U, tiles.block_u), triton.cdiv(W, tiles.block_w))
@@ -435,7 +435,8 @@ def lora_outer(
             *left.stride(), *right.stride(), 0 if scaling is None else scaling.stride(0),
             BLOCK_P=tiles.block_p, BLOCK_U=tiles.block_u, BLOCK_W=tiles.block_w,
             PLANNED=plan is not None, SCALED=scaling is not None, WEIGHTED=weights is not None,
-            PRECISION=_precision(), num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+            PRECISION=_device.precision(),
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -445,7 +446,7 @@ def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool
     rows = reference.rows_of(x)
     L, R, K = A[0].shape
     S, k = len(A), reference.pairs_per_row(pairs, rows.shape[0])
-    tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _gpu(x.device))
+    tiles = shrink_tiles(pairs, L, K, R, x.dtype, A[0].dtype, _device.gpu(x.device))
     make = torch.zeros if not L or (whole and plan is not None) else torch.empty
     parts = make(tiles.split, S, pairs, R, dtype=torch.float32, device=x.device)
     if not parts.numel() or not L:
@@ -456,8 +457,9 @@ def _shrink(x: Tensor, A: Sequence[Tensor], plan, ranks, pairs: int, whole: bool
         *rows.stride(), tuple(a.stride(0) for a in A), *A[0].stride()[1:], *_strides(ranks),
         S=S, CHUNK=tiles.chunk, CHUNKS=tiles.chunks // tiles.split, EVEN_K=K == tiles.chunk * tiles.chunks,
         BLOCK_M=tiles.block_m, BLOCK_K=tiles.block_k, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
-        PLANNED=plan is not None, RANKED=ranks is not None, PRECISION="ieee" if K < 32 else _precision(),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True, **_overlap(x.device, True),
+        PLANNED=plan is not None, RANKED=ranks is not None, PRECISION="ieee" if K < 32 else _device.precision(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        **_device.overlap(x.device, True),
     )  # fmt: skip
     return parts
 
@@ -488,8 +490,9 @@ def _expand_(
         S=S, SPLIT=split, GROUP=tiles.group, STAGES=tiles.num_stages,
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r, BLOCK_L=_block_l(L),
         PLANNED=plan is not None, SCALED=scaling is not None, RANKED=ranks is not None, WEIGHTED=weights is not None,
-        ONE_BLOCK_OF_RANKS=tiles.block_r >= R, PRECISION=_precision(),
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True, **_overlap(y.device, overlap),
+        ONE_BLOCK_OF_RANKS=tiles.block_r >= R, PRECISION=_device.precision(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=True,
+        **_device.overlap(y.device, overlap),
     )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -547,29 +550,3 @@ def _strides(values: Tensor | None) -> tuple[int, int]:
 
 def _block_l(L: int) -> int:
     return min(max(triton.next_power_of_2(L), 16), 1024)
-
-
-def _precision() -> str:
-    """How Triton multiplies fp32: three tf32 products on NVIDIA, exactly on AMD."""
-    return "ieee" if torch.version.hip else "tf32x3"
-
-
-@functools.cache
-def _gpu(device: torch.device) -> Gpu:
-    if device.type != "cuda":
-        return Gpu()
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Gpu((0, 0) if torch.version.hip else (properties.major, properties.minor), shared)
-
-
-def _overlap(device: torch.device, wanted: bool) -> dict[str, bool]:
-    """Whether a kernel may start while the one before it ends, and waits inside: Hopper and later."""
-    if wanted and _gpu(device).capability >= (9, 0):
-        return {"OVERLAP": True, "launch_pdl": True}
-    return {"OVERLAP": False}
-
-
-def _on(tensor: Tensor):
-    """Launch on the tensor's GPU."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,38 @@
+"""What kernels ask of the GPU they are launched on; nothing else in this folder asks torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+from lora_kernels.select import Gpu
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """What of ``device`` decides tiles; the CPU's is the interpreter's."""
+    if device.type == "cpu":
+        return Gpu()
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Gpu((0, 0) if torch.version.hip else (properties.major, properties.minor), shared)
+
+
+def precision() -> str:
+    """How Triton multiplies fp32: three tf32 products on NVIDIA, exactly on AMD."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def overlap(device: torch.device, wanted: bool) -> dict[str, bool]:
+    """Whether a kernel may start while the one before it ends, and waits inside: Hopper and later."""
+    if wanted and gpu(device).capability >= (9, 0):
+        return {"OVERLAP": True, "launch_pdl": True}
+    return {"OVERLAP": False}
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the tensor's GPU."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
