@@ -111,7 +111,8 @@ def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: to
         block_r=block_r,
         chunk=chunk,
         chunks=chunks,
-        split=chunks if pairs * R <= 32768 else 1,
+        # Not where the expand loops over blocks of ranks: its loads of all parts, pipelined, outgrow shared memory.
+        split=chunks if pairs * R <= 32768 and not (tall and _expand_block_r(R, factors) < R) else 1,
         num_warps=4,
         num_stages=min(5 if half and tall else 3, max(gpu.shared // stage, 1)),
     )
@@ -119,11 +120,15 @@ def shrink_tiles(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: to
 
 def expand_tiles(pairs: int, L: int, R: int, factors: torch.dtype) -> ExpandTiles:
     """For ``pairs`` rows over ``L`` adapters of ``[N, R]``; sizes are those that were fastest on an H100."""
-    half = factors != torch.float32
-    block_r = min(max(_power_of_2(R), 16), 64 if half else 32)
+    block_r = _expand_block_r(R, factors)
+    wider = 1 if factors == torch.bfloat16 else 2  # all others are multiplied as fp32 and would spill
     if pairs > 256 and pairs >= 32 * L:
-        return ExpandTiles(block_m=32, block_n=64, block_r=block_r, group=8, num_warps=2, num_stages=3)
-    return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4, num_stages=1)
+        return ExpandTiles(block_m=32, block_n=64, block_r=block_r, group=8, num_warps=2 * wider, num_stages=3)
+    return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4 * wider, num_stages=1)
+
+
+def _expand_block_r(R: int, factors: torch.dtype) -> int:
+    return min(max(_power_of_2(R), 16), 64 if factors == torch.bfloat16 else 32)
 
 
 def outer_tiles(U: int, W: int) -> OuterTiles:

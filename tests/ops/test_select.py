@@ -100,3 +100,10 @@ def test_ranks_are_summed_alike_in_every_batch():
         assert all(powers_of_two(t.block_m, t.block_n, t.block_r) for t in tiles)
     outer = outer_tiles(3, 4096)
     assert powers_of_two(outer.block_p, outer.block_u, outer.block_w)
+
+
+def test_only_an_expand_with_one_block_of_ranks_adds_parts_for_many_columns():
+    for pairs, R, (x, factors), gpu in itertools.product((1, 300, 500), (16, 64, 100), DTYPES, GPUS):
+        split = shrink_tiles(pairs, 1, 14336, R, x, factors, gpu).split
+        expand = expand_tiles(pairs, 1, R, factors)
+        assert split == 1 or expand.group == 1 or expand.block_r >= R
