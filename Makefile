@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-full test-triton bench lint format clean FORCE
+.PHONY: demo test test-full test-triton snapshot bench lint format clean FORCE
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.extra $(VENV)/extension
@@ -24,9 +24,16 @@ test-full: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension
 	$(BIN)/pytest $(ARGS)
 
 # The oldest Triton supported, best in a VENV of its own, with a numpy that its interpreter knows.
+# Two processes: kernels are either interpreted or compiled.
 test-triton: $(VENV)/test.extra
 	$(PIP) "$(TRITON)" "numpy<2.4"
-	$(BIN)/pytest -m "not slow" $(wildcard tests/interpret tests/compile) $(ARGS)
+	$(BIN)/pytest -m "not slow" tests/interpret $(ARGS)
+	$(BIN)/pytest -m "not slow" tests/compile $(ARGS)
+
+# After a change of kernels or tiles that is meant: what they now take of each GPU, to be committed.
+snapshot: $(VENV)/test.extra
+	$(PIP) "$(TRITON)" "numpy<2.4"
+	$(BIN)/pytest tests/compile/test_kernels.py --update-snapshot $(ARGS)
 
 bench: $(VENV)/peft.extra $(VENV)/bench.extra $(VENV)/extension
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)

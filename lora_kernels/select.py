@@ -52,6 +52,11 @@ class Gpu:
     capability: tuple[int, int] = (0, 0)
     shared: int = 64 * 1024
 
+    @property
+    def amd(self) -> bool:
+        """Whether it is none of NVIDIA's."""
+        return self.capability == (0, 0)
+
 
 @dataclass(frozen=True)
 class ShrinkTiles:
@@ -120,13 +125,19 @@ def shrink_tiles(
     half = x == factors != torch.float32
     block_k = 128 if half else 64
     block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
-    chunk = 256 if K <= 4096 else 512
+    chunk = 256 if K <= 4096 else max(_power_of_2(-(-K // 32)), 512)
     chunks = max(-(-K // chunk), 1)
     tall = pairs > 256 and pairs >= 32 * L
     # 64 rows only there: Triton 3.6 does not compile the loop for Blackwell's tensor cores.
     block_m = (64 if half and gpu.capability[0] == 9 else 32) if tall else 16
     # Many rows of x are worth reading once for all slices; few come from the cache, and more programs are better.
-    together = _power_of_2(S) if tall and block_r >= R and _power_of_2(S) * block_r <= (128 if half else 32) else 1
+    # Not on AMD, where Triton has no pointers into several tensors side by side.
+    together = (
+        _power_of_2(S)
+        if not gpu.amd and tall and block_r >= R and _power_of_2(S) * block_r <= (128 if half else 32)
+        else 1
+    )
+    wide = tall and not half and block_r > 16  # too many registers for four warps
     stage = (block_m + together * block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
         block_m=block_m,
@@ -135,10 +146,10 @@ def shrink_tiles(
         slices=together,
         chunk=chunk,
         chunks=chunks,
-        # Not where the expand would add the parts of every block of ranks again for each group of columns.
+        # Not where the expand loops over blocks of ranks: its loads of all parts, pipelined, outgrow shared memory.
         split=chunks if pairs * R <= 32768 and not (tall and _expand_block_r(R, factors) < R) else 1,
-        num_warps=4,
-        num_stages=min(5 if half and tall else 3, max(gpu.shared // stage, 1)),
+        num_warps=8 if wide else 4,
+        num_stages=min(5 if half and tall else 2 if wide else 3, max(gpu.shared // stage, 1)),
     )
 
 
@@ -148,7 +159,7 @@ def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.
     Sizes are those that were fastest on an H100, for one term.
     """
     block_r = _expand_block_r(R, factors)
-    wider = 1 if factors == torch.bfloat16 else 2  # all others are multiplied as fp32, in twice the registers
+    wider = 1 if factors == torch.bfloat16 and block_r >= R else 2  # all others take twice the registers
     if pairs <= 256 or pairs < 32 * L:
         return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4 * wider, num_stages=1)
     blocks = (pairs // 32 + L) * (N // 64)
@@ -158,7 +169,7 @@ def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.
         block_r=block_r,
         group=next((group for group in (8, 4) if blocks >= 512 * group), 2),  # enough programs for a large GPU
         num_warps=(2 if terms == 1 else 4) * wider,
-        num_stages=3 if terms == 1 else 2,
+        num_stages=2 if terms > 1 or factors == torch.float16 else 3,
     )
 
 
@@ -173,18 +184,18 @@ def outer_tiles(U: int) -> OuterTiles:
         size=512 if block_u <= 64 else 1024,
         block_p=32,
         block_u=block_u,
-        block_w=128 if block_u <= 64 else 64,
-        num_warps=4 if block_u <= 64 else 8,
+        block_w=min(8192 // block_u, 256),
+        num_warps=8,
         num_stages=2,
     )
 
 
-def expand_grad_tiles(R: int, dy: torch.dtype, factors: torch.dtype) -> ExpandGradTiles:
+def expand_grad_tiles(R: int, dy: torch.dtype, factors: torch.dtype, gpu: Gpu) -> ExpandGradTiles:
     """For dy of any width and factors of rank ``R``."""
     half = dy == factors != torch.float32
     block_r = min(max(_power_of_2(R), 16), 64)
     return ExpandGradTiles(
-        fused=R <= 32,
+        fused=(16 if gpu.amd else 32) >= R and dy != torch.float16,
         size=512 if block_r == 16 else 1024,
         block_p=32,
         block_n=256 if half else 128,

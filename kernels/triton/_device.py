@@ -15,7 +15,7 @@ from lora_kernels.select import Gpu
 def gpu(device: torch.device) -> Gpu:
     """What of ``device`` decides tiles; the CPU's is the interpreter's."""
     if device.type == "cpu":
-        return Gpu()
+        return Gpu((8, 0))
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     return Gpu((0, 0) if torch.version.hip else (properties.major, properties.minor), shared)

@@ -140,7 +140,7 @@ def lora_grads(
             g = dy[..., column : column + width]
             column += width
             scaled, live = reference.of_slice(scaling, s), reference.of_slice(ranks, s)
-            if need_dv and need_B and expand_grad_tiles(R, g.dtype, b[0].dtype).fused:
+            if need_dv and need_B and expand_grad_tiles(R, g.dtype, b[0].dtype, _device.gpu(g.device)).fused:
                 grad = _expand_grad(dv[s], g, v[s], _factors(b, -1), plan, scaled, live, weights, scale, dtype, need_v)
                 dB.append(grad)
                 continue
@@ -183,9 +183,14 @@ class _Factors(NamedTuple):
 
     @property
     def grain(self) -> int:
-        """8 where the ranks of a column lie side by side, in eights and from a multiple of 16 bytes on; else 1."""
-        sizes = (*self.by_column, self.rank, *(self.ranks if self.listed else self.by_adapter))
-        return 1 if self.by_rank != (1,) or any(n % 8 for n in sizes) or any(map(_shifted, self.tensors)) else 8
+        """How many ranks of a column, which lie side by side, may be read at once: 8, or 1 where they may not."""
+        sizes = (*self.by_column, self.rank, *(self.ranks if self.listed else ()))
+        return 8 if self.by_rank == (1,) and not any(n % 8 for n in sizes) else 1
+
+    @property
+    def grains(self) -> tuple[int, ...]:
+        """The strides from column to column, in grains."""
+        return tuple(n // self.grain for n in self.by_column)
 
 
 def _factors(factors: Sequence[Tensor], rank_axis: int) -> _Factors:
@@ -294,16 +299,16 @@ def _expand_(
         L, R, S = B.adapters, B.rank, len(B.widths)
         columns = B.widths[:1] if summed else B.widths
         tile = expand_tiles(pairs, L, sum(columns), R, S if summed else 1, B.dtype)
-        per_program = tile.block_n * tile.group
+        per_program, v_grain = tile.block_n * tile.group, 1 if packed or width % 8 else 8
         grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in columns))
         launch(
             expand_kernel, grid,
             out, parts, B.tensors, or_else(plan, parts), or_else(scaling, parts), or_else(ranks, parts), B.ranks,
             or_else(_flat(weights), parts), pairs, L, R, scale, columns,
-            *out.stride(), B.by_adapter, B.by_column, B.by_rank, width, *_strides(scaling), *_strides(ranks),
+            *out.stride(), B.by_adapter, B.grains, B.by_rank, width // v_grain, *_strides(scaling), *_strides(ranks),
             S=len(columns), TERMS=S if summed else 1, SPLIT=parts.shape[0], GROUP=tile.group, STAGES=tile.num_stages,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
-            GRAIN=B.grain, V_GRAIN=1 if packed or width % 8 or _shifted(parts) else 8,
+            GRAIN=B.grain, V_GRAIN=v_grain,
             PLANNED=plan is not None, LISTED=B.listed, PACKED=packed, SCALED=scaling is not None,
             RANKED=ranks is not None, WEIGHTED=weights is not None, ONE_BLOCK_OF_RANKS=tile.block_r >= R,
             PRECISION=_device.precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -319,7 +324,7 @@ def _expand_grad(
     """dv = dy B into ``dv [P, R]``; returns dB = s Σ w dyᵀ v, ``[L, N, R]``."""
     rows = reference.rows_of(dy)
     (pairs, R), N, L = v.shape, rows.shape[1], B.adapters
-    tile = expand_grad_tiles(R, dy.dtype, B.dtype)
+    tile = expand_grad_tiles(R, dy.dtype, B.dtype, _device.gpu(dy.device))
     grid = (tiles(pairs, L, tile.size, plan), triton.cdiv(N, tile.block_n))
     make = torch.zeros if whole and plan is not None else torch.empty
     planes = make(grid[1], pairs, R, dtype=torch.float32, device=dy.device)
@@ -329,7 +334,7 @@ def _expand_grad(
             expand_grad_kernel, grid,
             planes, parts, rows, v, B.tensors, or_else(plan, v), or_else(ranks, v), B.ranks,
             or_else(_flat(weights), v), pairs, reference.pairs_per_row(pairs, rows.shape[0]), L, N, R,
-            *rows.stride(), B.by_adapter, B.by_column, B.by_rank, 0 if ranks is None else ranks.stride(0),
+            *rows.stride(), B.by_adapter, B.grains, B.by_rank, 0 if ranks is None else ranks.stride(0),
             SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
             GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, RANKED=ranks is not None,
             WEIGHTED=weights is not None, PARTS=_parts(dtype), PRECISION=_device.precision(),
@@ -378,11 +383,6 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
             num_warps=4, num_stages=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out
-
-
-def _shifted(t: Tensor) -> bool:
-    """Whether it begins elsewhere than at a multiple of 16 bytes."""
-    return t.data_ptr() % 16 != 0
 
 
 def _parts(result: torch.dtype) -> int:

@@ -125,11 +125,9 @@ def shrink_kernel(
 def _rank_block(at, stride, r, rank, inside, GRAIN: tl.constexpr, RANKED: tl.constexpr):
     """B's ranks r, [ranks, columns], from ``at [columns]`` on; 0 past the live rank.
 
-    Loaded GRAIN at a time, where the ranks of every column begin at a multiple of 16 bytes: only so are loads wide
-    whatever the live rank. What is past it is dropped.
+    Loaded GRAIN at a time, which the padded rank is a multiple of: only so are loads wide whatever the live rank. What
+    is past it is dropped.
     """
-    if GRAIN > 1:
-        at = tl.multiple_of(at, 16)
     block = tl.load(
         at[None, :] + r.to(tl.int64)[:, None] * stride,
         mask=(r // GRAIN * GRAIN < rank)[:, None] & inside[None, :], other=0.0,
@@ -148,10 +146,7 @@ def _v_block(
     mask = live[:, None] & (r // GRAIN * GRAIN < rank)[None, :]
     v = tl.zeros([live.shape[0], r.shape[0]], tl.float32)
     for c in tl.static_range(SPLIT):
-        at = v_at + c * size
-        if GRAIN > 1:
-            at = tl.multiple_of(at, 16)
-        part = tl.load(at[:, None] + r[None, :], mask=mask, other=0.0)
+        part = tl.load((v_at + c * size)[:, None] + r[None, :], mask=mask, other=0.0)
         v = part if c == 0 else v + part
     if GRAIN > 1:
         v = tl.where((r < rank)[None, :], v, 0.0)
@@ -173,8 +168,10 @@ def expand_kernel(
 ):  # fmt: skip
     """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and GROUP blocks of one slice's columns.
 
-    TERMS slices are summed into the same columns. PACKED: slice s has its ranks at s · rank of one plane of v.
+    TERMS slices are summed into the same columns. PACKED: slice s has its ranks at s · rank of one plane of v. The
+    strides b_n and v_p count GRAIN and V_GRAIN elements.
     """
+    v_p *= V_GRAIN
     adapter, start, stop = run(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
     if adapter >= L:
         if OVERLAP:
@@ -227,7 +224,7 @@ def expand_kernel(
                     factor *= tl.load(scaling + term * scaling_s + adapter * scaling_l)
                 b_of = _factor(B, b_l, term, adapter, LISTED)
                 v_at = v + (pairs.to(tl.int64) * term + pair) * v_p
-            b_at = b_of + n.to(tl.int64) * _stride(b_n, s + term, adapter, LISTED)
+            b_at = b_of + n.to(tl.int64) * (_stride(b_n, s + term, adapter, LISTED) * GRAIN)
             step_r = _stride(b_r, s + term, adapter, LISTED)
             if ONE_BLOCK_OF_RANKS:
                 b_block = _rank_block(b_at, step_r, r, rank, n < width, GRAIN, RANKED)
@@ -256,7 +253,8 @@ def expand_grad_kernel(
 ):  # fmt: skip
     """Both gradients that need dy, in one pass over it: for a block of columns of one slice and up to SIZE pairs,
 
-    dv[c, p] = dy B over the columns c of the program, and dB[tile] = Σ_p w_p dyᵀ v over its pairs, in order.
+    dv[c, p] = dy B over the columns c of the program, and dB[tile] = Σ_p w_p dyᵀ v over its pairs, in order. The stride
+    b_n counts GRAIN elements.
     """
     tile = tl.program_id(0)
     adapter, start, stop = run(plan, tile, pairs, L, SIZE, BLOCK_L, PLANNED)
@@ -266,7 +264,7 @@ def expand_grad_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     rank = _rank(ranks, widths, 0, adapter, R, 0, ranks_l, LISTED, RANKED)
-    b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64) * _stride(b_n, 0, adapter, LISTED)
+    b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64) * (_stride(b_n, 0, adapter, LISTED) * GRAIN)
     b_block = _rank_block(b_at, _stride(b_r, 0, adapter, LISTED), r, rank, n < N, GRAIN, RANKED)
     acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
     for first in range(start, stop, BLOCK_P):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from skipping import skipped
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -44,14 +45,8 @@ def interpreted():
     return not isinstance(triton.language.sum, triton.JITFunction)
 
 
-class Skipped(pytest.Module):
-    def collect(self):
-        pytest.skip(not_interpreted, allow_module_level=True)
-
-
 def pytest_pycollect_makemodule(module_path, parent):
-    """None leaves the module to pytest."""
-    return not_interpreted and Skipped.from_parent(parent, path=module_path)
+    return skipped(not_interpreted, module_path, parent)
 
 
 @pytest.fixture(autouse=True)

@@ -116,8 +116,15 @@ def test_ranks_are_summed_alike_in_every_batch():
 
 def test_the_tiles_of_gradients():
     for R, (dy, factors) in itertools.product(RANKS, DTYPES):
-        outer, expand = outer_tiles(R), expand_grad_tiles(R, dy, factors)
+        outer, expand = outer_tiles(R), expand_grad_tiles(R, dy, factors, GPUS[2])
         assert powers_of_two(outer.block_p, outer.block_u, outer.block_w, expand.block_p, expand.block_n)
         assert outer.size % outer.block_p == expand.size % expand.block_p == 0
         assert expand.block_r >= R or not expand.fused
-    assert expand_grad_tiles(16, torch.bfloat16, torch.bfloat16).fused
+    assert expand_grad_tiles(16, torch.bfloat16, torch.bfloat16, Gpu()).fused
+
+
+def test_only_an_expand_with_one_block_of_ranks_adds_parts_for_many_columns():
+    for pairs, R, (x, factors), gpu in itertools.product((1, 300, 500), (16, 64, 100), DTYPES, GPUS):
+        split = shrink_tiles(pairs, 1, 14336, R, 1, x, factors, gpu).split
+        expand = expand_tiles(pairs, 1, 4096, R, 1, factors)
+        assert split == 1 or expand.group == 1 or expand.block_r >= R
