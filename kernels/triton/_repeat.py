@@ -33,36 +33,48 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 
 def repeatable(op: Callable[..., None]) -> Callable[..., None]:
-    """An op that writes into its arguments and returns nothing, made fast when it is called again."""
+    """An op that writes into its arguments and returns nothing, made fast when it is called again.
+
+    Its attribute ``replay(args)`` runs it only where it is known to be right: whether it did.
+    """
     known: dict[tuple, _Recording | None] = {}
+
+    def replay(args: tuple) -> bool:
+        try:
+            recording = known.get(_kind(args))
+        except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with memory
+            return False
+        if recording is not None:
+            recording.replay(args)
+        return recording is not None
 
     @functools.wraps(op)
     def call(*args: Any) -> None:
         if type(args[0]) is not Tensor or torch.version.hip:
             return op(*args)
         kind = _kind(args)
-        try:
-            recording = known[kind]
-        except KeyError:
+        if kind not in known:
             if len(known) >= MOST:
                 known.clear()
             known[kind] = _record(op, args)
             return None
+        recording = known[kind]
         return op(*args) if recording is None else recording.replay(args)
 
+    call.replay = replay  # type: ignore[attr-defined]
     return call
 
 
 def _kind(args: tuple) -> tuple:
-    """All that decides which kernels an op launches with which numbers: also what Triton specialises on."""
-    kind: list[Any] = [args[0].get_device()]
+    """All that decides which kernels an op launches with which numbers, and whether its arguments are right."""
+    kind: list[Any] = []
     for a in args:
         if isinstance(a, Tensor):
-            kind += (a.dtype, a.shape, a.stride(), a.data_ptr() & 15)
+            kind += (a.dtype, a.get_device(), a.shape, a.stride(), a.data_ptr() & 15)
         elif isinstance(a, (tuple, list)):
             kind.append(len(a))
             for t in a:
-                kind += (t.dtype, t.shape, t.stride(), t.data_ptr() & 15)
+                kind += (t.dtype, t.get_device(), t.shape, t.stride(), t.data_ptr() & 15)
         else:
             kind.append(a)
     return tuple(kind)

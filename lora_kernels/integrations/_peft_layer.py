@@ -41,6 +41,9 @@ _compiled, _triton = extension_error is None, has_triton("low_rank")
 _add, _native = lora_add_.overload, lora_add_.native
 
 
+_in_graphs: list[Any] = []  # plans and scales that a captured graph reads, which no cache may let go of
+
+
 class FusedMixin:
     """PEFT's LoRA ``Linear`` with a fast forward: no parameter or buffer of its own, nothing in the state dict."""
 
@@ -139,9 +142,11 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     if grad:
         return _multi_lora(x, A, B, None, table, scaling, None, None, y, scale)
     args = (y, x, A, B, None, None, table, scaling, None, None, scale)
-    if forced is not None:
+    if not compiling and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _in_graphs.append((table, scaling))
+    if forced is not None or (x.is_cuda and not compiling):
         _call(lora_add_, _check.add, y, args)
-    elif compiling or _native is None or not x.is_cpu or not _native(*args):
+    elif compiling or _native is None or not _native(*args):
         _add(*args)
     return y
 

@@ -84,6 +84,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def under(name: str | None) -> contextlib.AbstractContextManager:
+    """:func:`backend`, or nothing where none was forced: for a thread that runs on behalf of another."""
+    return contextlib.nullcontext() if name is None else backend(name)
+
+
 #: The backend that :func:`backend` or ``LORA_KERNELS_BACKEND`` forces now, or None.
 forced_backend: Callable[[], str | None] = _forced.get
 
@@ -151,6 +156,17 @@ class Op:
         if any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args[:2]):
             return self.reference(*args)
         return self._launch(*args)
+
+    def repeat(self, args: tuple) -> bool:
+        """Run the op on a GPU where a call of this kind was checked and run before, without the dispatcher.
+
+        Returns:
+            Whether it was; False, with nothing done, also where something is to see the op called.
+        """
+        replay = getattr(self._launch, "replay", None)
+        if replay is None or _env.check() or any(watching() for watching in _WATCHERS):
+            return False
+        return replay(args)
 
     @functools.cached_property
     def _launch(self) -> Callable:

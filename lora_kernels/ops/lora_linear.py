@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import _check
-from ._dispatch import extension, forced_backend
+from ._dispatch import extension, forced_backend, under
 from ._low_rank import lora_add_, lora_expand_, lora_shrink
 from .low_rank import _call, _needs_grad, _scaling, lora_backward
 
@@ -138,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
         v = lora_shrink(x, (A,), None, None, None, None, x.shape[:-1].numel())
         lora_expand_(y, v, (B,), None, None, None, None, None, None, scale)
         ctx.save_for_backward(x, weight, v, A, B)
-        ctx.scale = scale
+        ctx.scale, ctx.backend = scale, None if is_compiling() else forced_backend()
         return y
 
     @staticmethod
@@ -147,5 +147,6 @@ class _LoRALinear(torch.autograd.Function):
         x, weight, v, A, B = ctx.saved_tensors
         need_x, _, need_bias, _, need_A, need_B = ctx.needs_input_grad
         need = need_x, False, [need_A], [need_B]
-        dx, _, (dA,), (dB,) = lora_backward(dy, x, weight, [A], [B], v, *[None] * 5, ctx.scale, *need)
+        with under(ctx.backend):
+            dx, _, (dA,), (dB,) = lora_backward(dy, x, weight, [A], [B], v, *[None] * 5, ctx.scale, *need)
         return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None, dA, dB

@@ -31,26 +31,30 @@ from torch.compiler import is_compiling
 from ..plan import BatchPlan
 from ..reference import low_rank as reference
 from . import _check
-from ._dispatch import Op, extension_error, forced_backend
+from ._dispatch import Op, extension_error, forced_backend, has_triton, under
 from ._low_rank import lora_add_, lora_expand_, lora_grads, lora_shrink, out_features
 
 Factors = Tensor | Sequence[Tensor]
-_compiled = extension_error is None
+_compiled, _triton = extension_error is None, has_triton("low_rank")
 
 
 def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
     """Run ``op``; bad arguments raise what ``check`` says of them.
 
-    The compiled kernels check everything they read before they write, so there ``check`` only words their refusal.
+    The compiled kernels check everything they read before they write, so there ``check`` only words their refusal. On a
+    GPU what was checked once is not checked again.
     """
-    if not is_compiling() and _compiled and forced_backend() is None and isinstance(first, Tensor) and first.is_cpu:
-        try:
-            if op.native is not None and op.native(*args):
-                return None
-            return op.direct(*args)
-        except RuntimeError:
-            check(*args)
-            raise
+    if not is_compiling() and forced_backend() is None and isinstance(first, Tensor):
+        if first.is_cpu and _compiled:
+            try:
+                if op.native is not None and op.native(*args):
+                    return None
+                return op.direct(*args)
+            except RuntimeError:
+                check(*args)
+                raise
+        if first.is_cuda and _triton and op.repeat(args):
+            return None
     check(*args)
     return op(*args)
 
@@ -347,7 +351,7 @@ class _MultiLora(torch.autograd.Function):
         out = y.clone()
         lora_expand_(out, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
         ctx.save_for_backward(x, weights, v, ids, plan, scaling, ranks, *factors)
-        ctx.count, ctx.scale = count, scale
+        ctx.count, ctx.scale, ctx.backend = count, scale, None if is_compiling() else forced_backend()
         return out
 
     @staticmethod
@@ -357,7 +361,8 @@ class _MultiLora(torch.autograd.Function):
         A, B = factors[: ctx.count], factors[ctx.count :]
         need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
         need = need_x, need_w, need[: ctx.count], need[ctx.count :]
-        dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, ids, plan, scaling, ranks, weights, ctx.scale, *need)
+        with under(ctx.backend):
+            dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, ids, plan, scaling, ranks, weights, ctx.scale, *need)
         return dy if need_y else None, dx, dw, None, None, *dA, *dB
 
 
