@@ -1,4 +1,4 @@
-"""One small call of every ``low_rank`` kernel, to be run under compute-sanitizer."""
+"""Small calls that launch every ``low_rank`` kernel, to be run under compute-sanitizer."""
 
 import torch
 
@@ -6,12 +6,21 @@ import lora_kernels as lk
 
 for dtype in (torch.bfloat16, torch.float32):
     for M in (5, 300):
-        x = torch.randn(M, 100, device="cuda", dtype=dtype, requires_grad=True)
-        A = torch.randn(3, 9, 100, device="cuda", dtype=dtype, requires_grad=True)
-        B = torch.randn(3, 70, 9, device="cuda", dtype=dtype, requires_grad=True)
+        make = lambda *size: torch.randn(size, device="cuda", dtype=dtype, requires_grad=True)  # noqa: B023, E731
+        x, A, B = make(M, 100), (make(3, 9, 100), make(3, 9, 100)), (make(3, 70, 9), make(3, 33, 9))
         ids = torch.randint(-1, 3, (M,), device="cuda")
         ranks = torch.tensor([9, 0, 4], dtype=torch.int32, device="cuda")
         lk.multi_lora(x, A, B, ids, ranks=ranks).float().sum().backward()
+        lk.multi_lora(x, make(3, 40, 100), make(3, 70, 40), ids).float().sum().backward()
+        listed = [make(r, 100) for r in (8, 3, 9)], [make(70, r) for r in (8, 3, 9)]
+        lk.multi_lora(x, *listed, ids).float().sum().backward()
+        weights = torch.rand(M, 2, device="cuda", requires_grad=True)
+        pairs = torch.randint(-1, 3, (M, 2), device="cuda")
+        lk.multi_lora(x, A[0], B[0], pairs, weights=weights).float().sum().backward()
         with torch.no_grad():
-            lk.bgmv(torch.zeros(M, 70, device="cuda", dtype=dtype), x, A, B, lk.BatchPlan.from_ids(ids, 3))
+            plan, y = lk.BatchPlan.from_ids(ids, 3), torch.zeros(M, 103, device="cuda", dtype=dtype)
+            for _ in range(2):
+                lk.bgmv(y, x, A, B, plan)
+                lk.bgmv(y, x, make(3, 18, 100), B, plan, ranks=ranks)  # packed
+                plan.update_(ids.flip(0), order=torch.arange(M, device="cuda").flip(0))
 torch.cuda.synchronize()
