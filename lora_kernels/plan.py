@@ -74,6 +74,8 @@ class BatchPlan:
         Without an ``order`` it reads the number of rows from ``seg_indptr``, which synchronises a GPU once;
         :meth:`update_` never does.
         """
+        if order is not None:
+            _check.tensor("order", order)
         rows = _check.segments(seg_indptr, adapter_ids, num_adapters, None if order is None else order.numel())
         plan = cls.empty(rows, num_adapters, adapter_ids.device)
         return plan.update_(adapter_ids, seg_indptr=seg_indptr, order=order)
@@ -87,6 +89,8 @@ class BatchPlan:
             ValueError: more rows than the plan has room for, or ``order`` is no permutation of them.
             IndexError: an id is not below ``num_adapters``. The plan stays as it was in all cases.
         """
+        if order is not None:
+            _check.tensor("order", order)
         if seg_indptr is None:
             _check.ids(adapter_ids, "adapter_ids", self.num_adapters)
             rows = adapter_ids.numel()

@@ -232,13 +232,15 @@ def add(
     scale: float,
 ) -> None:
     """The arguments of y += s (x Aᵀ) Bᵀ."""
-    rows = shrink(x, A, adapter_ids, indptr, plan, ranks, 0, weights)
+    rows = shrink(x, A, adapter_ids, indptr, plan, None, 0, weights)
     if A[0].dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
     factors("B", B, x, "[L, N, R], or a tuple of those")
     L, S = num_adapters(A), num_slices(A)
     if is_packed(A, B):
-        A, S = _unpacked_shapes(A[0], B, ranks), len(B)
+        A = _unpacked_shapes(A[0], B, ranks)
+    ranks_within(ranks, S, L, padded_rank(A), x)
+    S = len(B) if B[0].dim() == 3 else 1
     if len(B) != len(A) or B[0].dim() != A[0].dim():
         raise ValueError(
             f"A and B must come in the same form, got {len(A)} of {shape(A[0])} and {len(B)} of {shape(B[0])}"
@@ -264,10 +266,8 @@ def _unpacked_shapes(A: Tensor, B: Sequence[Tensor], ranks: Any) -> Sequence[Ten
             f"A must be [{A.shape[0]}, {len(B)} * {B[0].shape[-1]}, K], the slices of B one after the other, or a "
             f"tuple of {len(B)}, got {shape(A)}"
         )
-    if isinstance(ranks, Tensor):
-        if ranks.dim() != 1:
-            raise ValueError(f"ranks must be [L] for a packed A, whose slices share a rank, got {shape(ranks)}")
-        ranks_within(ranks, 1, A.shape[0], R, A)
+    if isinstance(ranks, Tensor) and ranks.dim() != 1:
+        raise ValueError(f"ranks must be [L] for a packed A, whose slices share a rank, got {shape(ranks)}")
     return [A[:, :R]] * len(B)
 
 

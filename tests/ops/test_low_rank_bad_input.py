@@ -346,6 +346,26 @@ def test_slices_must_fit(route):
         refused(f, ValueError, "y must be|y ", A=A, B=(B[0], torch.randn(L, 15, R)), y=torch.zeros(M, N))
 
 
+def test_a_packed_A_must_fit(route):
+    B = torch.randn(L, 10, R), torch.randn(L, 14, R)
+    pool = torch.randn(L, 2 * R, K)
+    ranks = torch.tensor([R, 1, 2], dtype=torch.int32)
+    for f in ("bgmv", "sgmv", "multi_lora"):
+        refused(f, ValueError, re.escape("A must be [3, 2 * 4, K]"), A=pool[:, 1:], B=B, ranks=ranks)
+        refused(f, ValueError, re.escape("ranks must be [L] for a packed A"), A=pool, B=B, ranks=ranks.expand(2, L))
+        refused(f, ValueError, "ranks must lie in 0..4", A=pool, B=B, ranks=ranks + 1)
+        refused(f, ValueError, "ranks must lie in 0..4", A=pool, B=B, ranks=ranks - 2)
+        refused(f, ValueError, re.escape("B[1] must be [3, N, 4]"), A=pool, B=(B[0], B[1][:2]), ranks=ranks)
+        refused(f, ValueError, "A", A=pool[..., :-1], B=B, ranks=ranks)
+
+
+def test_a_fourth_size_must_be_one(route):
+    for f in ("bgmv", "sgmv", "multi_lora"):
+        refused(f, ValueError, "A must have a size of 1 after L", A=torch.randn(L, 2, R, K))
+        refused(f, ValueError, "B must have a size of 1 after L", A=torch.randn(L, 1, R, K), B=torch.randn(L, 3, N, R))
+        refused(f, ValueError, "A must have a size of 1", A=(torch.randn(L, 2, R, K),) * 2)
+
+
 PLANS = {
     "ids not a tensor": (TypeError, "adapter_ids", lambda: lk.BatchPlan.from_ids([0, 1], 2)),
     "ids float": (TypeError, "adapter_ids", lambda: lk.BatchPlan.from_ids(torch.zeros(2), 2)),
@@ -360,7 +380,18 @@ PLANS = {
     "segment id": (IndexError, "adapter_ids", lambda: lk.BatchPlan.from_segments(torch.tensor([0, 3, 4]), IDS[:2], 1)),
     "segment count": (ValueError, "seg_indptr", lambda: lk.BatchPlan.from_segments(torch.tensor([0, 3]), IDS[:2], 3)),
     "no segments": (ValueError, "seg_indptr", lambda: lk.BatchPlan.from_segments(IDS[:0], IDS[:0], 3)),
-}
+    "order twice": (ValueError, "order must hold each", lambda: lk.BatchPlan.from_ids(IDS, L, order=IDS.clamp(0))),
+    "order past the end": (
+        ValueError, "order must hold each", lambda: lk.BatchPlan.from_ids(IDS, L, order=torch.arange(M) + 1)
+    ),
+    "order too short": (ValueError, "order must be", lambda: lk.BatchPlan.from_ids(IDS, L, order=torch.arange(M - 1))),
+    "order float": (TypeError, "order must be", lambda: lk.BatchPlan.from_ids(IDS, L, order=torch.arange(M) * 1.0)),
+    "order not a tensor": (TypeError, "order must be", lambda: lk.BatchPlan.from_ids(IDS, L, order=list(range(M)))),
+    "order elsewhere": (ValueError, "order is on meta", lambda: lk.BatchPlan.from_ids(IDS, L, order=meta(M).long())),
+    "order of other segments": (
+        ValueError, "seg_indptr ends", lambda: lk.BatchPlan.from_segments(INDPTR, SEGMENTS, L, order=torch.arange(2))
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PLANS)
@@ -382,5 +413,12 @@ def test_a_refused_update_leaves_the_plan(route):
     ):
         with pytest.raises(error, match=message):
             plan.update_(ids)
+        assert bitwise_equal(plan.table, before)
+    for changes, error, message in (
+        ({"order": torch.zeros(M).long()}, ValueError, "order must hold each"),
+        ({"seg_indptr": torch.tensor([0, 9])}, ValueError, "seg_indptr"),
+    ):
+        with pytest.raises(error, match=message):
+            plan.update_(IDS, **changes)
         assert bitwise_equal(plan.table, before)
         assert plan.num_pairs == M
