@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command of under 9 minutes, with no network:
-#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|bench] [--dry-run]
+#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|tune|bench] [--dry-run]
 # A stage ends at its limit, the benchmarks at the end of the 9 minutes. OUT gets a log of each stage and
-# gpu_low_rank.json, which belongs in benchmarks/results/<the device it names>/. A stage that OUT/done lists is not run
-# again: delete it to start over.
+# gpu_low_rank.json, which belongs in benchmarks/results/<the device it names>/, and <device>.json, which belongs in
+# kernels/configs/. A stage that OUT/done lists is not run again: delete it to start over.
 # --dry-run takes the same path on the CPU with tiny shapes. PYTHON names an interpreter with torch, Triton and pytest,
 # LORA_KERNELS_PEERS a folder of other projects' kernels to time beside ours (benchmarks/peers.py).
 set -uo pipefail
@@ -70,6 +70,7 @@ for tool in memcheck racecheck; do
     echo "$tool: not run, no compute-sanitizer in PATH"
   fi
 done
+stage tune 45 "$PYTHON" benchmarks/tune.py --out "$OUT" $DRY
 left=$((WHOLE - SECONDS))
 stage bench $left "$PYTHON" benchmarks/gpu_low_rank.py --out "$OUT" --seconds $((left - 30)) \
   ${LORA_KERNELS_PEERS:+--peers "$LORA_KERNELS_PEERS"} $DRY

@@ -45,12 +45,22 @@ def choose(
 
 @dataclass(frozen=True)
 class Gpu:
-    """What of a GPU decides tiles: its compute capability (0, 0 where it is none of NVIDIA's) and the bytes of shared
-    memory a block may have.
+    """What of a GPU decides tiles.
+
+    Attributes:
+        capability: its compute capability, (0, 0) where it is none of NVIDIA's.
+        shared: the bytes of shared memory a block may have.
+        programs: how many programs of an expand keep it busy.
+        recompute: up to how many bytes of A each program of a small batch reads it whole, in one kernel, which saves
+            the start of a second one; 0 = never.
+
+    The last two are measured by ``benchmarks/tune.py``, which writes them to ``kernels/configs``.
     """
 
     capability: tuple[int, int] = (0, 0)
     shared: int = 64 * 1024
+    programs: int = 512
+    recompute: int = 0
 
     @property
     def amd(self) -> bool:
@@ -153,7 +163,7 @@ def shrink_tiles(
     )
 
 
-def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.dtype) -> ExpandTiles:
+def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.dtype, gpu: Gpu) -> ExpandTiles:
     """For ``pairs`` rows over ``L`` adapters of ``[N, R]``, ``terms`` of them summed into each column.
 
     Sizes are those that were fastest on an H100, for one term.
@@ -167,10 +177,17 @@ def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.
         block_m=32,
         block_n=64,
         block_r=block_r,
-        group=next((group for group in (8, 4) if blocks >= 512 * group), 2),  # enough programs for a large GPU
+        group=next((group for group in (8, 4) if blocks >= gpu.programs * group), 2),
         num_warps=(2 if terms == 1 else 4) * wider,
         num_stages=2 if terms > 1 or factors == torch.float16 else 3,
     )
+
+
+def makes_v_again(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu) -> bool:
+    """Whether one kernel adds all, each program making v for itself, instead of a shrink and an expand."""
+    tall = pairs > 256 and pairs >= 32 * L
+    small = 0 < K * R * factors.itemsize <= gpu.recompute
+    return small and not tall and x == factors and _expand_block_r(R, factors) >= R
 
 
 def _expand_block_r(R: int, factors: torch.dtype) -> int:

@@ -110,6 +110,11 @@ def sorted_rows(device):
         for plan in (sorted_ids, segments, updated):
             assert plan.num_pairs == M
             assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, plan), want)
+    pairs, weights = torch.randint(-1, L, (M, 2), device=device), torch.rand(M, 2, device=device)
+    of_pairs = torch.randperm(2 * M, device=device)
+    mixture = lk.BatchPlan.from_ids(pairs.flatten()[of_pairs].view(M, 2), L, order=of_pairs)
+    mixed = lk.bgmv(y.clone(), x, A, B, pairs, weights=weights)
+    torch.testing.assert_close(lk.bgmv(y.clone(), x, A, B, mixture, weights=weights), mixed)
     random = torch.randperm(M, device=device)
     assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, lk.BatchPlan.from_ids(ids[random], L, order=random)), want)
     unsorted = lk.BatchPlan.empty(M, L, device).update_(

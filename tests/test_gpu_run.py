@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from lora_kernels.select import Gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -20,7 +22,7 @@ def gpu_run(out, *arguments, **variables):
 
 
 def test_dry_run_measures_every_kind_of_case(tmp_path):
-    for stage in ("tests", "bench"):
+    for stage in ("tests", "tune", "bench"):
         done = gpu_run(tmp_path, "--dry-run", "--only", stage, LORA_KERNELS_PEERS=tmp_path / "nothing")
         assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_low_rank.json").read_text())
@@ -33,6 +35,7 @@ def test_dry_run_measures_every_kind_of_case(tmp_path):
         assert f"{name} is not timed: {why}" in (tmp_path / "bench.log").read_text()
     assert set(found["missing_peers"]) == {"vLLM", "SGLang csgmv"}
     assert "skipped" in (tmp_path / "tests.log").read_text()
+    assert Gpu(**json.loads((tmp_path / "none.json").read_text())) == Gpu()
     again = gpu_run(tmp_path, "--dry-run", "--only", "bench")
     assert again.stdout == "bench: done before\n"
 

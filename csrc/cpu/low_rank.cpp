@@ -128,7 +128,7 @@ void lora_plan(const Tensor& table, const Tensor& ids, OptionalTensor indptr, in
   STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Int && table.is_contiguous(), "table");
   int64_t capacity = table.numel() - adapters - 3;
   OptionalView segments(indptr), permuted(order);
-  int64_t rows = order ? permuted.view.numel() : indptr ? capacity : -1;
+  int64_t rows = !indptr ? -1 : order ? permuted.view.numel() : capacity;
   const std::vector<int32_t>& of_pair = pair_ids(View(ids), segments, rows, adapters);
   int64_t pairs = of_pair.size();
   STD_TORCH_CHECK(pairs <= capacity, "the plan has too little room");
@@ -151,7 +151,8 @@ struct Added {
   Output y;
   Factors A, B;
 
-  Added(const View& y_, const View& x_, Views A_, Views B_, const View* ranks) : x(x_), y(y_), A(A_, 0), B(B_, 1) {
+  Added(const View& y_, const View& x_, Views A_, Views B_, const View* ranks)
+      : x(x_), y(y_), A(A_, 0, kMaxRank * int64_t(B_.count)), B(B_, 1) {
     if (A.slices == 1 && B.slices > 1) A.split(B.slices, ranks);
     check_same_form(A, B);
     for (int64_t width : A.widths) STD_TORCH_CHECK(width == x.columns, "A does not fit x");

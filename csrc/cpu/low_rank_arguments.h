@@ -99,7 +99,7 @@ struct Factors {
   bool stacked;
 
   // rank_dim: 0 for A ([rank, K]), 1 for B ([N, rank]), counted in the matrix of one adapter.
-  Factors(Views views, int rank_dim) {
+  Factors(Views views, int rank_dim, int64_t most = kMaxRank) {
     STD_TORCH_CHECK(views.count > 0, "no factors");
     stacked = views.data[0].dims == 3;
     slices = stacked ? views.count : 1;
@@ -119,7 +119,7 @@ struct Factors {
       Factor factor{t.data, dtype, int(rank), t.strides[first + rank_dim], t.strides[first + 1 - rank_dim]};
       if (rank <= 1) factor.rank_stride = factor.stride == 1 ? width : 1;
       if (width <= 1) factor.stride = factor.rank_stride == 1 ? rank : 1;
-      STD_TORCH_CHECK(rank <= kMaxRank, "rank over ", kMaxRank);
+      STD_TORCH_CHECK(rank <= most, "rank over ", most);
       if (stacked) {
         STD_TORCH_CHECK(t.sizes[0] == adapters && (i == 0 || rank == padded_rank), "factors differ");
         for (int64_t l = 0; l < adapters; ++l) {
@@ -154,7 +154,8 @@ struct Factors {
         table.push_back(factor);
       }
     slices = count;
-    widths.assign(count, widths[0]);
+    int64_t width = widths[0];
+    widths.assign(count, width);
   }
 
   const Factor& at(int64_t slice, int64_t adapter) const { return table[slice * adapters + adapter]; }

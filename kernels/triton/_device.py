@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import torch
+from lora_kernels.kernels.configs import settings
 from torch import Tensor
 
 from lora_kernels.select import Gpu
@@ -18,7 +19,8 @@ def gpu(device: torch.device) -> Gpu:
         return Gpu((8, 0))
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Gpu((0, 0) if torch.version.hip else (properties.major, properties.minor), shared)
+    capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
+    return Gpu(capability, shared, **settings(properties.name))
 
 
 def precision() -> str:

@@ -35,14 +35,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 def repeatable(op: Callable[..., None]) -> Callable[..., None]:
     """An op that writes into its arguments and returns nothing, made fast when it is called again.
 
-    Its attribute ``replay(args)`` runs it only where it is known to be right: whether it did.
+    Its attribute ``replay(args)`` runs it only where it is known to be right, and returns whether it did; ``forget()``
+    makes every call a first one.
     """
     known: dict[tuple, _Recording | None] = {}
 
     def replay(args: tuple) -> bool:
         try:
             recording = known.get(_kind(args))
-        except (AttributeError, TypeError, RuntimeError):  # no tensors, or none with memory
+        except (AttributeError, TypeError, RuntimeError):
             return False
         if recording is not None:
             recording.replay(args)
@@ -50,34 +51,48 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(op)
     def call(*args: Any) -> None:
-        if type(args[0]) is not Tensor or torch.version.hip:
+        try:
+            kind = _kind(args)
+        except (AttributeError, TypeError, RuntimeError):
             return op(*args)
-        kind = _kind(args)
-        if kind not in known:
+        recording = known.get(kind, _NEW)
+        if recording is _NEW:
             if len(known) >= MOST:
                 known.clear()
             known[kind] = _record(op, args)
-            return None
-        recording = known[kind]
-        return op(*args) if recording is None else recording.replay(args)
+        elif recording is None:
+            op(*args)
+        else:
+            recording.replay(args)
+        return None
 
-    call.replay = replay  # type: ignore[attr-defined]
+    call.replay, call.forget = replay, known.clear  # type: ignore[attr-defined]
     return call
 
 
 def _kind(args: tuple) -> tuple:
-    """All that decides which kernels an op launches with which numbers, and whether its arguments are right."""
+    """All that decides which kernels an op launches with which numbers, and whether its arguments are right.
+
+    Raises:
+        AttributeError, TypeError, RuntimeError: the arguments are not what a kernel can read as they are.
+    """
     kind: list[Any] = []
     for a in args:
         if isinstance(a, Tensor):
-            kind += (a.dtype, a.get_device(), a.shape, a.stride(), a.data_ptr() & 15)
+            kind += _kind_of(a)
         elif isinstance(a, (tuple, list)):
             kind.append(len(a))
             for t in a:
-                kind += (t.dtype, t.get_device(), t.shape, t.stride(), t.data_ptr() & 15)
+                kind += _kind_of(t)
         else:
             kind.append(a)
     return tuple(kind)
+
+
+def _kind_of(t: Tensor) -> tuple:
+    if type(t) not in _PLAIN or t.is_neg() or torch.version.hip:
+        raise TypeError
+    return t.dtype, t.get_device(), t.shape, t.stride(), t.data_ptr() & 15
 
 
 def _record(op: Callable[..., None], args: tuple) -> _Recording | None:
@@ -161,6 +176,8 @@ class _Recording(TorchDispatchMode):
                 run(*values)
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+_NEW: Any = object()
 _ALIAS = torch.ops.aten._reshape_alias.default
 _ZEROING = {torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default}
 _ALLOCATING = _ZEROING | {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default}

@@ -10,12 +10,12 @@ from torch import Tensor
 
 import triton
 from lora_kernels.reference import low_rank as reference
-from lora_kernels.select import expand_grad_tiles, expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import expand_grad_tiles, expand_tiles, makes_v_again, outer_tiles, shrink_tiles
 
 from . import _device
 from ._repeat import launch, repeatable
 from .grouped import block_l, or_else, planned, sum_into, tiles, write_plan
-from .low_rank_kernels import expand_grad_kernel, expand_kernel, gather_kernel, outer_kernel, shrink_kernel
+from .low_rank_kernels import add_kernel, expand_grad_kernel, expand_kernel, gather_kernel, outer_kernel, shrink_kernel
 
 LISTED_MOST = 64  # matrices of a list that a kernel takes as they are; more are stacked by a copy
 
@@ -85,6 +85,10 @@ def lora_add_(
     pairs = weights.numel() if weights is not None else reference.num_pairs(rows, ids, indptr)
     with _device.on(x):
         plan = planned(pairs, a.adapters, ids, indptr, plan, x)
+        if pairs == rows and makes_v_again(
+            pairs, a.adapters, x.shape[-1], b.rank, x.dtype, a.dtype, _device.gpu(x.device)
+        ):
+            return _add_(y, x, a, b, plan, scaling, ranks, scale, packed > 1)
         parts = _shrink(x, a, plan, ranks, pairs, whole=False, packed=packed)
         _expand_(y, parts, b, plan, scaling, ranks, weights, scale, packed=packed > 1, overlap=True)
 
@@ -151,7 +155,7 @@ def lora_grads(
                 dB.append(_outer(g, v[s], L, plan, scaled, weights, scale, pairs, dtype)[0])
         dx = x.new_empty(0)
         if need_x:
-            dx = torch.zeros_like(x) if weight is None else torch.matmul(dy, weight)
+            dx = x.new_zeros(x.shape) if weight is None else torch.matmul(dy, weight)
             _expand_(dx, dv[None], _factors([t.mT for t in A], -1), plan, scaling, ranks, weights, scale, summed=True)
         dA = _outer(dv, x, L, plan, scaling, weights, scale, pairs, dtype) if need_A else []
     if listed:
@@ -298,7 +302,7 @@ def _expand_(
         overlap = overlap and out.data_ptr() == y.data_ptr()  # else the kernel before is y's copy
         L, R, S = B.adapters, B.rank, len(B.widths)
         columns = B.widths[:1] if summed else B.widths
-        tile = expand_tiles(pairs, L, sum(columns), R, S if summed else 1, B.dtype)
+        tile = expand_tiles(pairs, L, sum(columns), R, S if summed else 1, B.dtype, _device.gpu(y.device))
         per_program, v_grain = tile.block_n * tile.group, 1 if packed or width % 8 else 8
         grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in columns))
         launch(
@@ -313,6 +317,32 @@ def _expand_(
             RANKED=ranks is not None, WEIGHTED=weights is not None, ONE_BLOCK_OF_RANKS=tile.block_r >= R,
             PRECISION=_device.precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
             enable_fp_fusion=True, **_device.overlap(y.device, overlap),
+        )  # fmt: skip
+    if out.data_ptr() != y.data_ptr():
+        y.copy_(out.view(y.shape))
+
+
+def _add_(y: Tensor, x: Tensor, A: _Factors, B: _Factors, plan, scaling, ranks, scale: float, packed: bool) -> None:
+    """y += s · (x Aᵀ) Bᵀ in one kernel."""
+    rows, out = reference.rows_of(x), reference.rows_of(y)
+    pairs, K, L = rows.shape[0], rows.shape[1], B.adapters
+    if out.numel():
+        shrink = shrink_tiles(pairs, L, K, B.rank, 1, x.dtype, A.dtype, _device.gpu(x.device))
+        expand = expand_tiles(pairs, L, sum(B.widths), B.rank, 1, B.dtype, _device.gpu(x.device))
+        grid = (tiles(pairs, L, shrink.block_m, plan), sum(triton.cdiv(n, expand.block_n) for n in B.widths))
+        launch(
+            add_kernel, grid,
+            out, rows, A.tensors, B.tensors, or_else(plan, out), or_else(scaling, out), or_else(ranks, out), B.ranks,
+            pairs, L, K, B.rank, scale, B.widths,
+            *rows.stride(), *out.stride(), A.by_adapter, A.by_rank, A.by_column, B.by_adapter, B.grains, B.by_rank,
+            *_strides(scaling), *_strides(ranks),
+            S=len(B.widths), CHUNK=shrink.chunk, CHUNKS=shrink.chunks, EVEN_K=K == shrink.chunk * shrink.chunks,
+            BLOCK_M=shrink.block_m, BLOCK_N=expand.block_n, BLOCK_K=shrink.block_k, BLOCK_R=shrink.block_r,
+            BLOCK_L=block_l(L), GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, PACKED=packed,
+            SCALED=scaling is not None, RANKED=ranks is not None,
+            X_PRECISION="ieee" if K < 32 else _device.precision(), PRECISION=_device.precision(),
+            num_warps=expand.num_warps, num_stages=shrink.num_stages, enable_fp_fusion=True,
+            **_device.overlap(x.device, True),
         )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -376,7 +406,7 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
     out = torch.empty(L, *parts.shape[1:], dtype=dtype, device=parts.device)
     if out.numel():
         launch(
-            gather_kernel, (L, triton.cdiv(elements, 1024)),
+            gather_kernel, (triton.cdiv(elements, 1024), L),
             out, parts, or_else(plan, parts), or_else(scaling, parts), pairs, L, elements, parts.stride(0), scale,
             0 if scaling is None else scaling.stride(0),
             SIZE=size, BLOCK=1024, PLANNED=plan is not None, SCALED=scaling is not None,

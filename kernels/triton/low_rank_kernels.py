@@ -43,6 +43,37 @@ def _rank(ranks, widths, s, adapter, R, ranks_s, ranks_l, LISTED: tl.constexpr, 
     return rank
 
 
+@triton.jit
+def _sums(
+    x_at, a_at, x_step, a_step, kk, K, wide, needed,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x Aᵀ over CHUNKS chunks of K, each summed by itself, then added in order; A is read in the columns ``wide``."""
+    total = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    if needed:
+        for i in range(0, CHUNK * CHUNKS // BLOCK_K):
+            if EVEN_K:  # A first: its address is known before x's
+                a_block = tl.load(a_at, mask=wide[None, :], other=0.0)
+                x_block = tl.load(x_at)
+            else:
+                inside = kk < K
+                a_block = tl.load(a_at, mask=wide[None, :] & inside[:, None], other=0.0)
+                x_block = tl.load(x_at, mask=inside[None, :], other=0.0)
+                kk += BLOCK_K
+            acc = dot(x_block, a_block, acc, PRECISION)
+            if CHUNKS > 1:
+                last = (i + 1) % (CHUNK // BLOCK_K) == 0
+                total += tl.where(last, acc, 0.0)
+                acc = tl.where(last, 0.0, acc)
+            x_at += x_step
+            a_at += a_step
+    if CHUNKS == 1:
+        total = acc
+    return tl.where(wide[None, :], total, 0.0)
+
+
 @triton.jit(do_not_specialize=("pairs", "k"))
 def shrink_kernel(
     v, x, A, plan, ranks, widths, pairs, k, L, K, R,
@@ -89,36 +120,19 @@ def shrink_kernel(
         a_at = a_at[None, :] + kk.to(tl.int64)[:, None] * step_k
         a_step = tl.full([], BLOCK_K, tl.int64) * step_k
     x_step = tl.full([], BLOCK_K, tl.int64) * x_k
-    total = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
-    acc = tl.zeros([BLOCK_M, SLICES * BLOCK_R], tl.float32)
     needed = True
     if SLICES == 1:
         needed = first_r < rank
-    if needed:
-        for i in range(0, CHUNK * CHUNKS // BLOCK_K):
-            if EVEN_K:  # A first: its address is known before x's
-                a_block = tl.load(a_at, mask=wide[None, :], other=0.0)
-                x_block = tl.load(x_at)
-            else:
-                inside = kk < K
-                a_block = tl.load(a_at, mask=wide[None, :] & inside[:, None], other=0.0)
-                x_block = tl.load(x_at, mask=inside[None, :], other=0.0)
-                kk += BLOCK_K
-            acc = dot(x_block, a_block, acc, PRECISION)
-            if CHUNKS > 1:
-                last = (i + 1) % (CHUNK // BLOCK_K) == 0
-                total += tl.where(last, acc, 0.0)
-                acc = tl.where(last, 0.0, acc)
-            x_at += x_step
-            a_at += a_step
-    if CHUNKS == 1:
-        total = acc
+    total = _sums(
+        x_at, a_at, x_step, a_step, kk, K, wide, needed,
+        CHUNK, CHUNKS, EVEN_K, BLOCK_M, BLOCK_K, SLICES * BLOCK_R, PRECISION,
+    )  # fmt: skip
     plane = (tl.program_id(1) * S + s).to(tl.int64) * pairs  # [columns], or one for all
     if SLICES > 1:
         at = v + (plane[None, :] + pair[:, None]) * R + r[None, :]
     else:
         at = v + (plane + pair)[:, None] * R + r[None, :]
-    tl.store(at, tl.where(wide[None, :], total, 0.0), mask=live[:, None] & (r < R)[None, :])
+    tl.store(at, total, mask=live[:, None] & (r < R)[None, :])
 
 
 @triton.jit
@@ -156,6 +170,22 @@ def _v_block(
     return v
 
 
+@triton.jit
+def _slice_of(group, columns, S: tl.constexpr, SIZE: tl.constexpr):
+    """(slice, where it begins in y, its width, which of its groups of SIZE columns) of a group of columns of y."""
+    s = 0
+    column = 0
+    width = columns[0]
+    for i in tl.static_range(1, S):
+        groups = tl.cdiv(columns[i - 1], SIZE)
+        if (s == i - 1) & (group >= groups):
+            s = i
+            column += columns[i - 1]
+            group -= groups
+            width = columns[i]
+    return s, column, width, group
+
+
 @triton.jit(do_not_specialize=("pairs", "scale"))
 def expand_kernel(
     y, v, B, plan, scaling, ranks, widths, weights, pairs, L, R, scale, columns,
@@ -178,17 +208,7 @@ def expand_kernel(
             gdc_wait()  # or nobody waits for the shrink where all programs leave
         return
     pair, live = pairs_at(plan, start + tl.arange(0, BLOCK_M), stop, pairs, L, PLANNED)
-    group = tl.program_id(1)
-    s = 0
-    column = 0  # of y, where the slice begins
-    width = columns[0]
-    for i in tl.static_range(1, S):
-        groups = tl.cdiv(columns[i - 1], BLOCK_N * GROUP)
-        if (s == i - 1) & (group >= groups):
-            s = i
-            column += columns[i - 1]
-            group -= groups
-            width = columns[i]
+    s, column, width, group = _slice_of(tl.program_id(1), columns, S, BLOCK_N * GROUP)
     r = tl.arange(0, BLOCK_R)
     size = pairs.to(tl.int64) * v_p * (1 if PACKED else S)
     early: tl.constexpr = GROUP == 1 and ONE_BLOCK_OF_RANKS and TERMS == 1  # y and B are under way before v is there
@@ -217,7 +237,7 @@ def expand_kernel(
         before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for term in tl.static_range(TERMS):
-            if term > 0:
+            if TERMS > 1:  # each anew, term 0 too: a loop carries what it assigns
                 rank = _rank(ranks, widths, term, adapter, R, ranks_s, ranks_l, LISTED, RANKED)
                 factor = scale
                 if SCALED:
@@ -241,6 +261,53 @@ def expand_kernel(
                     v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
                     acc = dot(v_part, b_block, acc, PRECISION, 2)
         tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=("pairs", "scale"))
+def add_kernel(
+    y, x, A, B, plan, scaling, ranks, widths, pairs, L, K, R, scale, columns,
+    x_m, x_k, y_m, y_n, a_l, a_r, a_k, b_l, b_n, b_r, scaling_s, scaling_l, ranks_s, ranks_l,
+    S: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+    GRAIN: tl.constexpr, PLANNED: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr,
+    RANKED: tl.constexpr, X_PRECISION: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """y[p] += s (x[p] Aᵀ) Bᵀ for a tile of pairs and a block of one slice's columns: each program makes v for itself.
+
+    The bits are those of a shrink and an expand.
+    """
+    if OVERLAP:
+        gdc_wait()
+    adapter, start, stop = run(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
+    if adapter >= L:
+        return
+    pair, live = pairs_at(plan, start + tl.arange(0, BLOCK_M), stop, pairs, L, PLANNED)
+    s, column, width, group = _slice_of(tl.program_id(1), columns, S, BLOCK_N)
+    rank = _rank(ranks, widths, s, adapter, R, ranks_s, ranks_l, LISTED, RANKED)
+    if rank <= 0:
+        return
+    r = tl.arange(0, BLOCK_R)
+    n = group * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = live[:, None] & (n < width)[None, :]
+    y_at = y + pair[:, None] * y_m + (column + n).to(tl.int64)[None, :] * y_n
+    before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+    b_at = _factor(B, b_l, s, adapter, LISTED) + n.to(tl.int64) * (_stride(b_n, s, adapter, LISTED) * GRAIN)
+    b_block = _rank_block(b_at, _stride(b_r, s, adapter, LISTED), r, rank, n < width, GRAIN, RANKED)
+    kk = tl.arange(0, BLOCK_K)
+    step_k = _stride(a_k, s, adapter, LISTED)
+    first_r = s * rank if PACKED else 0
+    a_at = _factor(A, a_l, 0 if PACKED else s, adapter, LISTED)
+    a_at += (first_r + r).to(tl.int64) * _stride(a_r, 0 if PACKED else s, adapter, LISTED)
+    v = _sums(
+        x + pair[:, None] * x_m + kk.to(tl.int64)[None, :] * x_k, a_at[None, :] + kk.to(tl.int64)[:, None] * step_k,
+        tl.full([], BLOCK_K, tl.int64) * x_k, tl.full([], BLOCK_K, tl.int64) * step_k, kk, K, r < rank, True,
+        CHUNK, CHUNKS, EVEN_K, BLOCK_M, BLOCK_K, BLOCK_R, X_PRECISION,
+    )  # fmt: skip
+    factor = scale
+    if SCALED:
+        factor *= tl.load(scaling + s * scaling_s + adapter * scaling_l)
+    acc = dot(v * factor, b_block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, 2)
+    tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("pairs",))
@@ -327,13 +394,13 @@ def gather_kernel(
 
     A result has ``size`` elements, the tiles' parts begin ``step`` elements apart.
     """
-    l = tl.program_id(0)
+    l = tl.program_id(1)
     start = 0
     stop = tl.where(l == 0, pairs, 0)
     if PLANNED:
         start = tl.load(plan + 2 + l)
         stop = tl.where(tl.load(plan + 1) == L, tl.load(plan + 3 + l), start)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = parts + (start // SIZE + l).to(tl.int64) * step + i
     acc = tl.zeros([BLOCK], tl.float32)
     for _ in range(start, stop, SIZE):

@@ -41,7 +41,7 @@ _compiled, _triton = extension_error is None, has_triton("low_rank")
 _add, _native = lora_add_.overload, lora_add_.native
 
 
-_in_graphs: list[Any] = []  # plans and scales that a captured graph reads, which no cache may let go of
+_in_graphs: list[Tensor] = []  # plans and scales that a captured graph reads, which no cache may let go of
 
 
 class FusedMixin:
@@ -139,11 +139,11 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     else:
         scale, scaling = split(scales, x.device)
     y = linear(x, weight, bias)
+    if not compiling and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _in_graphs.extend(t for t in (table, scaling) if t is not None)
     if grad:
         return _multi_lora(x, A, B, None, table, scaling, None, None, y, scale)
     args = (y, x, A, B, None, None, table, scaling, None, None, scale)
-    if not compiling and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        _in_graphs.append((table, scaling))
     if forced is not None or (x.is_cuda and not compiling):
         _call(lora_add_, _check.add, y, args)
     elif compiling or _native is None or not _native(*args):

@@ -196,9 +196,17 @@ def output(y: Any, rows: int, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]
 
 
 def shrink(
-    x: Any, A: Sequence[Tensor], adapter_ids: Any, indptr: Any, plan: Any, ranks: Any, pairs: int, weights: Any = None
+    x: Any,
+    A: Sequence[Tensor],
+    adapter_ids: Any,
+    indptr: Any,
+    plan: Any,
+    ranks: Any,
+    pairs: int,
+    weights: Any = None,
+    slices: int = 1,
 ) -> int:
-    """The arguments of a shrink; returns M."""
+    """The arguments of a shrink, of so many slices in a packed A; returns M."""
     floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must be [..., K], got a scalar")
@@ -210,8 +218,8 @@ def shrink(
             raise ValueError(f"A{f'[{i}]' if len(A) > 1 else ''} must be {expected} for x [..., {K}], got {shape(a)}")
     if A[0].dtype not in (x.dtype, torch.float32) and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
-    if padded_rank(A) > MAX_RANK:
-        raise ValueError(f"A has rank {padded_rank(A)}, more than the {MAX_RANK} supported")
+    if padded_rank(A) > MAX_RANK * slices:
+        raise ValueError(f"A has rank {padded_rank(A) // slices}, more than the {MAX_RANK} supported")
     rows = x.numel() // K if K else x.shape[:-1].numel()
     routing(rows, L, adapter_ids, indptr, plan, weights, x)
     ranks_within(ranks, S, L, padded_rank(A), x)
@@ -232,7 +240,8 @@ def add(
     scale: float,
 ) -> None:
     """The arguments of y += s (x Aᵀ) Bᵀ."""
-    rows = shrink(x, A, adapter_ids, indptr, plan, None, 0, weights)
+    packed = isinstance(B, (tuple, list)) and len(A) == 1 and len(B) > 1
+    rows = shrink(x, A, adapter_ids, indptr, plan, None, 0, weights, len(B) if packed else 1)
     if A[0].dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
     factors("B", B, x, "[L, N, R], or a tuple of those")

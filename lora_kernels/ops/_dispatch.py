@@ -163,10 +163,14 @@ class Op:
         Returns:
             Whether it was; False, with nothing done, also where something is to see the op called.
         """
-        replay = getattr(self._launch, "replay", None)
+        replay: Callable[[tuple], bool] | None = getattr(self._launch, "replay", None)
         if replay is None or _env.check() or any(watching() for watching in _WATCHERS):
             return False
         return replay(args)
+
+    def forget(self) -> None:
+        """Let every call be a first one, since what it rests on has changed."""
+        self._launch.forget()  # type: ignore[attr-defined]
 
     @functools.cached_property
     def _launch(self) -> Callable:

@@ -391,7 +391,7 @@ def lora_backward(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, sc
 
 def _pair_scaling(scaling: Tensor | None, ids: Tensor | None, plan: Tensor | None, L: int, v: Tensor) -> Tensor | float:
     """s of each pair, [P]; any value where a pair has no adapter, since v is zero there."""
-    if scaling is None:
+    if scaling is None or not L:
         return 1.0
     if plan is None:
         assert ids is not None  # only a mixture has weights

@@ -55,7 +55,7 @@ def is_packed(A: Sequence[Tensor], B: Sequence[Tensor]) -> bool:
 def unpacked(A: Tensor, B: Sequence[Tensor], ranks: Tensor | None) -> list[Tensor]:
     """A stack for each slice of a packed A, by a differentiable copy; what is past a live rank means nothing."""
     S, L, R = len(B), A.shape[0], B[0].shape[-1]
-    rank = torch.full((L,), R, device=A.device) if ranks is None else ranks.long()
+    rank = torch.full((L,), R, device=A.device) if ranks is None else ranks.long().clamp(0, R)
     row = torch.arange(R, device=A.device)
     at = [(s * rank[:, None] + row).clamp(max=max(A.shape[1] - 1, 0)) for s in range(S)]
     return [A.gather(1, i[:, :, None].expand(L, R, A.shape[2])) for i in at]

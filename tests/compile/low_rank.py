@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
+from lora_kernels.kernels.triton import _device
 
 from lora_kernels import select
 from lora_kernels.ops import _low_rank as ops
@@ -14,6 +16,7 @@ from lora_kernels.testing import LOW_RANK_DTYPES
 WIDE = {
     "shrink_kernel": ("x_block", "a_block"),
     "expand_kernel": ("block", "before", "*y_at"),
+    "add_kernel": ("x_block", "a_block", "block", "before", "*y_at"),
     "expand_grad_kernel": ("dy_block", "block"),
     "outer_kernel": ("w_block", "*at"),
     "gather_kernel": ("acc", "*out + l.to(tl.int64) * size + i"),
@@ -66,8 +69,10 @@ class Case:
         ranks = torch.empty(S, self.L, dtype=torch.int32) if self.ranks else None
         weights = torch.empty(self.M, self.k) if self.k > 1 else None
         ids, indptr, plan = self._route(pairs)
-        if self.op == "add":
-            ops.lora_add_(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, 1.0)
+        if self.op in ("add", "one kernel"):
+            gpu = dataclasses.replace(_device.gpu(x.device), recompute=1 << 30 if self.op == "one kernel" else 0)
+            with patch.object(_device, "gpu", lambda device: gpu):
+                ops.lora_add_(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, 1.0)
             return
         v = ops.lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
         if self.op == "shrink":
@@ -121,6 +126,10 @@ CASES = (
     *(Case("add", "bf16-masters", M, 16, L=8, form="list") for M in (FEW, MANY)),
     Case("add", "bf16", FEW, 64, L=8, form="list"),
     *(Case("add", "bf16", M, 16, L=8, N=(4096, 1024, 1024), ranks=True, form="packed") for M in (FEW, MANY)),
+    # One kernel for both halves, for small factors.
+    *(Case("one kernel", "bf16", FEW, R, L=8, K=1024) for R in (8, 16, 64)),
+    Case("one kernel", "bf16", FEW, 16, L=8, K=1024, N=(1024, 256, 256), scaling=True, ranks=True),
+    Case("one kernel", "fp32", FEW, 16, L=8, K=1024),
     # Every way to say which row uses which adapter.
     Case("add", "bf16", FEW, 16, L=64, routing="ids"),
     Case("add", "bf16", MANY, 16, L=64, routing="ids"),
@@ -149,10 +158,10 @@ def choices(gpu):
     """Calls ``select.py`` for what real models need."""
     ranks, batches = (8, 16, 32, 64, 128, 256, 512), (1, 8, 64, 256, 300, 1024, 2000, 8192)
     for R, pairs, L, (x, factors, _) in itertools.product(ranks, batches, (1, 64), LOW_RANK_DTYPES.values()):
-        select.expand_tiles(pairs, L, 4096, R, 1, factors)
+        select.expand_tiles(pairs, L, 4096, R, 1, factors, gpu)
         for K, S in itertools.product((2048, 4096, 14336), (1, 2, 3)):
             select.shrink_tiles(pairs, L, K, R, S, x, factors, gpu)
-        select.expand_tiles(8192, 1, 4096, R, 1, factors)
+        select.expand_tiles(8192, 1, 4096, R, 1, factors, gpu)
         select.outer_tiles(R)
         select.expand_grad_tiles(R, x, factors, gpu)
 

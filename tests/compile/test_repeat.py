@@ -131,6 +131,17 @@ def test_two_tensors_at_one_address_are_not_told_apart():
     assert not low_rank.lora_add_.replay((y, x, A, B, *rest))
 
 
-def test_what_has_no_memory_is_not_repeated():
-    y, _, *rest = call()
-    assert not low_rank.lora_add_.replay((y, "x", *rest))
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_what_a_kernel_cannot_read_as_it_is_is_not_repeated():
+    y, x, *rest = call(dtype=torch.float32)
+    low_rank.lora_add_(y, x, *rest)
+    assert low_rank.lora_add_.replay((y, x, *rest))
+    strided, negative = torch.complex(x, x).imag, torch.complex(x, x).conj().imag
+    assert negative.is_neg()
+    low_rank.lora_add_(y, strided, *rest)
+    assert low_rank.lora_add_.replay((y, strided, *rest))
+    for other in (negative, x.as_subclass(Subclass), "x", None):
+        assert not low_rank.lora_add_.replay((y, other, *rest))

@@ -109,11 +109,12 @@ def test_a_row_does_not_feel_its_batch(name, K, N, R):
     x, y = torch.randn(M, K, device="cuda").to(dtypes.x), torch.randn(M, N, device="cuda").to(dtypes.y)
     A = (torch.randn(L, R, K, device="cuda") / K**0.5).to(dtypes.factors)
     B = torch.randn(L, N, R, device="cuda").to(dtypes.factors)
+    scaling = torch.rand(L, device="cuda")
     ids = torch.randint(-1, L, (M,), device="cuda")
-    want = lk.bgmv(y.clone(), x, A, B, ids)
-    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, ids), want)
+    want = lk.bgmv(y.clone(), x, A, B, ids, scaling=scaling)
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, ids, scaling=scaling), want)
     for rows in (slice(0, 1), slice(5, 21), slice(3, 160), slice(100, 500)):
-        assert bitwise_equal(lk.bgmv(y[rows].clone(), x[rows], A, B, ids[rows]), want[rows]), rows
+        assert bitwise_equal(lk.bgmv(y[rows].clone(), x[rows], A, B, ids[rows], scaling=scaling), want[rows]), rows
 
 
 GRADIENTS = ("gate-up-live-ranks", "qkv-shared-ranks", "listed-live-ranks", "mixture-of-3", "r100", "no-adapter")

@@ -153,6 +153,26 @@ def test_gradients_of_many_rows(R, slices, planned, monkeypatch):
         close(g, w, p, f"gradient {i}")
 
 
+def test_gradients_of_wide_slices():
+    """Several groups of columns of dx, into each of which all slices are summed, with ranks and scales of their own."""
+    torch.manual_seed(0)
+    M, K, R, L, widths = 300, 200, 5, 2, (24, 9, 8)
+    x, ids = torch.randn(M, K), torch.randint(-1, L, (M,))
+    A, B = [torch.randn(L, R, K) for _ in widths], [torch.randn(L, n, R) for n in widths]
+    ranks, scaling = torch.tensor([[5, 3], [0, 4], [2, 5]], dtype=torch.int32), 0.5 + torch.rand(3, L)
+
+    def gradients(cast):
+        leaves = [t.to(cast, copy=True).requires_grad_() for t in (x, *A, *B)]
+        y = lk.multi_lora(leaves[0], leaves[1:4], leaves[4:], ids, scaling=scaling, ranks=ranks)
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    got = gradients(torch.float32)
+    with lk.backend("reference"):
+        want = gradients(torch.float64)
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert rms(g.double() - w) <= 2**-19 * rms(w), f"gradient {i}"
+
+
 @pytest.mark.parametrize("name", ("fp32", "bf16", "bf16-masters"))
 def test_slices_of_many_rows(name):
     """More rows than a small batch has: x is read once for all slices."""
@@ -171,6 +191,43 @@ def test_slices_of_many_rows(name):
         torch.testing.assert_close(got[:, column : column + n], alone)
         column += n
     assert not torch.equal(got, y)
+
+
+ONE_KERNEL = (
+    "one-row-of-nine", "odd", "runs", "qkv-shared-ranks", "qkv", "gate-up-live-ranks", "listed-live-ranks", "strided",
+    "no-adapter", "mixture-of-2", "nan-rows",
+)  # fmt: skip
+
+
+@pytest.fixture
+def one_kernel(monkeypatch):
+    """A small A is read by every program of the expand, which makes v for itself."""
+    from lora_kernels.kernels.triton import _device, low_rank
+
+    monkeypatch.setattr(_device, "gpu", lambda device: select.Gpu((8, 0), recompute=1 << 20))
+    launched = []
+    launch = low_rank.launch
+    monkeypatch.setattr(
+        low_rank,
+        "launch",
+        lambda kernel, *rest, **named: launched.append(kernel.fn.__name__) or launch(kernel, *rest, **named),
+    )
+    return launched
+
+
+@pytest.mark.parametrize("sample", ONE_KERNEL)
+@pytest.mark.parametrize("name", ("fp32", "bf16"))
+def test_one_kernel_has_the_bits_of_two(name, sample, request):
+    sample = next(s for s in low_rank_samples(*LOW_RANK_DTYPES[name]) if s.name == sample)
+    want = lk.bgmv(**sample.make(0))
+    launched = request.getfixturevalue("one_kernel")
+    assert bitwise_equal(lk.bgmv(**sample.make(0)), want)
+    assert launched == (["shrink_kernel", "expand_kernel"] if "mixture" in sample.traits else ["add_kernel"])
+
+
+def test_one_kernel_of_packed_factors(one_kernel):
+    layouts.packed("cpu")
+    assert "add_kernel" in one_kernel
 
 
 @pytest.mark.parametrize("live", (8, 16))

@@ -359,6 +359,16 @@ def test_a_packed_A_must_fit(route):
         refused(f, ValueError, "A", A=pool[..., :-1], B=B, ranks=ranks)
 
 
+def test_a_packed_A_may_be_higher_than_a_rank(route):
+    x, y, pool = torch.randn(3, 8), torch.zeros(3, 4), torch.randn(1, 600, 8)
+    B = torch.randn(1, 2, 300), torch.randn(1, 2, 300)
+    ids = torch.zeros(3, dtype=torch.int64)
+    got = lk.bgmv(y.clone(), x, pool, B, ids)
+    torch.testing.assert_close(got, lk.bgmv(y.clone(), x, pool.split(300, 1), B, ids))
+    with pytest.raises(ValueError, match="A has rank 513, more than the 512"):
+        lk.bgmv(y, x, torch.randn(1, 1026, 8), (torch.randn(1, 2, 513),) * 2, ids)
+
+
 def test_a_fourth_size_must_be_one(route):
     for f in ("bgmv", "sgmv", "multi_lora"):
         refused(f, ValueError, "A must have a size of 1 after L", A=torch.randn(L, 2, R, K))

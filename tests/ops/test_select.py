@@ -5,8 +5,18 @@ import itertools
 
 import pytest
 import torch
+from lora_kernels.kernels.configs import settings
 
-from lora_kernels.select import BACKENDS, Gpu, choose, expand_grad_tiles, expand_tiles, outer_tiles, shrink_tiles
+from lora_kernels.select import (
+    BACKENDS,
+    Gpu,
+    choose,
+    expand_grad_tiles,
+    expand_tiles,
+    makes_v_again,
+    outer_tiles,
+    shrink_tiles,
+)
 
 EVERY = frozenset(BACKENDS)
 
@@ -109,7 +119,9 @@ def test_tiles_fit_in_shared_memory():
 
 def test_ranks_are_summed_alike_in_every_batch():
     for R, factors in itertools.product(RANKS, (torch.float32, torch.float16)):
-        tiles = [expand_tiles(pairs, L, N, R, 1, factors) for pairs in SIZES for L in (1, 64) for N in (64, 28672)]
+        tiles = [
+            expand_tiles(pairs, L, N, R, 1, factors, GPUS[2]) for pairs in SIZES for L in (1, 64) for N in (64, 28672)
+        ]
         assert len({t.block_r for t in tiles}) == 1
         assert all(powers_of_two(t.block_m, t.block_n, t.block_r) for t in tiles)
 
@@ -126,5 +138,30 @@ def test_the_tiles_of_gradients():
 def test_only_an_expand_with_one_block_of_ranks_adds_parts_for_many_columns():
     for pairs, R, (x, factors), gpu in itertools.product((1, 300, 500), (16, 64, 100), DTYPES, GPUS):
         split = shrink_tiles(pairs, 1, 14336, R, 1, x, factors, gpu).split
-        expand = expand_tiles(pairs, 1, 4096, R, 1, factors)
+        expand = expand_tiles(pairs, 1, 4096, R, 1, factors, gpu)
         assert split == 1 or expand.group == 1 or expand.block_r >= R
+
+
+def test_one_kernel_is_opt_in():
+    bf16, tuned = torch.bfloat16, dataclasses.replace(GPUS[2], recompute=32768)
+    assert not makes_v_again(8, 8, 1024, 16, bf16, bf16, GPUS[2])
+    assert makes_v_again(8, 8, 1024, 16, bf16, bf16, tuned)
+    assert not makes_v_again(8, 8, 1025, 16, bf16, bf16, tuned)
+    assert not makes_v_again(300, 1, 1024, 16, bf16, bf16, tuned)
+    assert not makes_v_again(8, 8, 64, 128, bf16, bf16, tuned)
+    assert not makes_v_again(8, 8, 64, 16, bf16, torch.float32, tuned)
+
+
+def test_a_tuned_device_has_its_settings(tmp_path):
+    (tmp_path / "some-gpu.json").write_text('{"programs": 1024, "recompute": 16384}')
+    found = settings("Some GPU", tmp_path)
+    assert Gpu((9, 0), **found) == Gpu((9, 0), programs=1024, recompute=16384)
+    assert settings("Some GPU 2", tmp_path) == {}
+
+
+def test_more_programs_take_shorter_turns():
+    groups = [
+        expand_tiles(pairs, 1, 4096, 16, 1, torch.bfloat16, dataclasses.replace(GPUS[2], programs=programs)).group
+        for pairs, programs in ((512, 512), (8192, 512), (8192, 4096))
+    ]
+    assert groups == [2, 8, 4]
