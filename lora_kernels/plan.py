@@ -60,8 +60,8 @@ class BatchPlan:
         """The plan of ``adapter_ids``: int32 or int64 ``[M]``, or ``[M, k]`` for a mixture; -1 = no adapter.
 
         Args:
-            order: int32 or int64 ``[M]``, a permutation: the row that each id is of. Of a mixture ``[M * k]``: its pair,
-                where those of row m are m * k to m * k + k - 1. On a GPU its values are not checked.
+            order: int32 or int64 ``[M]``, a permutation: the row that each id is of. A mixture's is ``[M * k]``, of
+                pairs, where those of row m are m * k to m * k + k - 1. On a GPU its values are not checked.
         """
         _check.tensor("adapter_ids", adapter_ids)
         return cls.empty(adapter_ids.numel(), num_adapters, adapter_ids.device).update_(adapter_ids, order=order)
