@@ -119,7 +119,6 @@ def lora_grads(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     v: Tensor,
-    ids: Tensor | None,
     plan: Tensor | None,
     scaling: Tensor | None,
     ranks: Tensor | None,
@@ -136,7 +135,6 @@ def lora_grads(
     dtype = A[0].dtype
     dB: list[Tensor] = []
     with _device.on(dy):
-        plan = planned(pairs, L, ids, None, plan, dy)
         need_dv = need_x or need_v or need_A
         dv, column = torch.empty_like(v), 0
         for s, b in enumerate([B] if listed else [[b] for b in B]):
@@ -160,11 +158,8 @@ def lora_grads(
         dA = _outer(dv, x, L, plan, scaling, weights, scale, pairs, dtype) if need_A else []
     if listed:
         dA = [dA[0][l, : a.shape[0]].clone() for l, a in enumerate(A)] if need_A else []
-        dB = (
-            [dB[0][l, :, : b.shape[1]].clone(memory_format=torch.contiguous_format) for l, b in enumerate(B)]
-            if need_B
-            else []
-        )
+        narrow = [dB[0][l, :, : b.shape[1]] for l, b in enumerate(B)] if need_B else []
+        dB = [t.clone(memory_format=torch.contiguous_format) for t in narrow]
     return [dx, dv if need_v else v.new_empty(0), *dA, *dB]
 
 

@@ -79,7 +79,6 @@ def _lora_grads(
     A: Sequence[Tensor],
     B: Sequence[Tensor],
     v: Tensor,
-    ids: Tensor | None,
     plan: Tensor | None,
     scaling: Tensor | None,
     ranks: Tensor | None,
@@ -99,7 +98,7 @@ def _lora_grads(
     """
     stacked = A[0].dim() == 3
     slices = [([a], [b]) for a, b in zip(A, B, strict=True)] if stacked else [(A, B)]
-    route = (ids, None, plan)
+    route = (None, None, plan)
     pairs, L = v.shape[1], reference.num_adapters(A)
     dx = x.new_empty(0)
     if need_x:
@@ -136,8 +135,8 @@ def _of_factors(factors: Sequence[Tensor], grad: Tensor, is_B: bool) -> list[Ten
     return [g.to(dtype, memory_format=torch.contiguous_format, copy=True) for g in parts]
 
 
-def _fake_grads(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale, need_x, need_v, need_A, need_B):
-    _one_device(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights)
+def _fake_grads(dy, x, weight, A, B, v, plan, scaling, ranks, weights, scale, need_x, need_v, need_A, need_B):
+    _one_device(dy, x, weight, A, B, v, plan, scaling, ranks, weights)
     return [
         x.new_empty(x.shape if need_x else 0),
         v.new_empty(v.shape if need_v else 0),
@@ -146,7 +145,7 @@ def _fake_grads(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scal
 
 
 def _flops_of_grads(
-    dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale, need_x, need_v, need_A, need_B, *, out_val=None
+    dy, x, weight, A, B, v, plan, scaling, ranks, weights, scale, need_x, need_v, need_A, need_B, *, out_val=None
 ):  # fmt: skip
     through_A, through_B = (
         v.shape[0] * x.shape[-1] * (need_x + need_A),

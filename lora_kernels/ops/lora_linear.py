@@ -148,5 +148,5 @@ class _LoRALinear(torch.autograd.Function):
         need_x, _, need_bias, _, need_A, need_B = ctx.needs_input_grad
         need = need_x, False, [need_A], [need_B]
         with under(ctx.backend):
-            dx, _, (dA,), (dB,) = lora_backward(dy, x, weight, [A], [B], v, *[None] * 5, ctx.scale, *need)
+            dx, _, (dA,), (dB,) = lora_backward(dy, x, weight, [A], [B], v, *[None] * 4, ctx.scale, *need)
         return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None, dA, dB

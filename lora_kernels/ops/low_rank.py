@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from ..plan import BatchPlan
+from ..plan import BatchPlan, lora_plan_
 from ..reference import low_rank as reference
 from . import _check
 from ._dispatch import Op, extension_error, forced_backend, has_triton, under
@@ -346,29 +346,34 @@ class _MultiLora(torch.autograd.Function):
         A, B = factors[:count], factors[count:]
         ids, indptr, plan, scaling, ranks, _, scale = args
         _check.add(y, x, A, B, *args)
+        if ids is not None:  # grouped once for all that follows
+            L = reference.num_adapters(A)
+            plan = torch.empty(3 + L + ids.numel(), dtype=torch.int32, device=ids.device)
+            lora_plan_(plan, ids, None, L)
+            ids = None
         pairs = x.shape[:-1].numel() * (1 if weights is None else weights.shape[1])
         v = lora_shrink(x, A, ids, indptr, plan, ranks, pairs)
         out = y.clone()
         lora_expand_(out, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
-        ctx.save_for_backward(x, weights, v, ids, plan, scaling, ranks, *factors)
+        ctx.save_for_backward(x, weights, v, plan, scaling, ranks, *factors)
         ctx.count, ctx.scale, ctx.backend = count, scale, None if is_compiling() else forced_backend()
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, weights, v, ids, plan, scaling, ranks, *factors = ctx.saved_tensors
+        x, weights, v, plan, scaling, ranks, *factors = ctx.saved_tensors
         A, B = factors[: ctx.count], factors[ctx.count :]
         need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
         need = need_x, need_w, need[: ctx.count], need[ctx.count :]
         with under(ctx.backend):
-            dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, ids, plan, scaling, ranks, weights, ctx.scale, *need)
+            dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, plan, scaling, ranks, weights, ctx.scale, *need)
         return dy if need_y else None, dx, dw, None, None, *dA, *dB
 
 
-def lora_backward(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B):
+def lora_backward(dy, x, weight, A, B, v, plan, scaling, ranks, weights, scale, need_x, need_w, need_A, need_B):
     """(dx, dweights, dA, dB) of y += x Wᵀ + s · w · (x Aᵀ) Bᵀ, None where not needed."""
-    args = (dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, scale)
+    args = (dy, x, weight, A, B, v, plan, scaling, ranks, weights, scale)
     need = need_x, need_w, any(need_A), any(need_B)
     dx, dv, *grads = lora_grads(*args, *need)
     dA, dB = (grads[: len(A)], grads[len(A) :]) if need[2] else ([None] * len(A), grads)
@@ -378,7 +383,7 @@ def lora_backward(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, sc
     if need_w:
         dw = torch.zeros(v.shape[1], dtype=v.dtype, device=v.device)
         for s in range(v.shape[0]):
-            of_pair = _pair_scaling(reference.of_slice(scaling, s), ids, plan, reference.num_adapters(A), v)
+            of_pair = _pair_scaling(reference.of_slice(scaling, s), plan, reference.num_adapters(A), v)
             dw += (dv[s] * v[s]).sum(-1) * scale * of_pair
         dw = dw.view(weights.shape)
     return (
@@ -389,13 +394,10 @@ def lora_backward(dy, x, weight, A, B, v, ids, plan, scaling, ranks, weights, sc
     )
 
 
-def _pair_scaling(scaling: Tensor | None, ids: Tensor | None, plan: Tensor | None, L: int, v: Tensor) -> Tensor | float:
+def _pair_scaling(scaling: Tensor | None, plan: Tensor, L: int, v: Tensor) -> Tensor | float:
     """s of each pair, [P]; any value where a pair has no adapter, since v is zero there."""
     if scaling is None or not L:
         return 1.0
-    if plan is None:
-        assert ids is not None  # only a mixture has weights
-        return scaling[ids.reshape(-1).clamp(0, L - 1).long()]
     bounds, order = plan[2 : L + 3].long(), plan[L + 3 :].long()
     position = torch.arange(order.shape[0], device=plan.device)
     adapter = (torch.searchsorted(bounds, position, right=True) - 1).clamp(0, L - 1)

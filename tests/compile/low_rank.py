@@ -81,7 +81,7 @@ class Case:
             ops.lora_expand_(y, v, B, ids, indptr, plan, scaling, ranks, weights, 1.0)
             return
         need = True, self.k > 1, True, True
-        ops.lora_grads(y, x, None, A, B, v, ids, plan, scaling, ranks, weights, 1.0, *need)
+        ops.lora_grads(y, x, None, A, B, v, plan, scaling, ranks, weights, 1.0, *need)
 
     def _route(self, pairs):
         """(ids, indptr, plan), of which the op makes a plan where it is given none."""

@@ -30,7 +30,8 @@ def op_calls(sample):
     shared = scaling if scaling is None or scaling.dim() == 1 else scaling[0]
     pairs, L = ids.numel(), adapter_count(A)
     v = torch.randn(len(A) if A[0].dim() == 3 else 1, pairs, max(t.shape[-2] for t in A))
-    table = torch.zeros(3 + L + pairs, dtype=torch.int32)
+    table, plan = torch.zeros(2, 3 + L + pairs, dtype=torch.int32)
+    lora_plan_(plan, ids, None, L)
     yield lora_plan_, (table, ids, None, L)
     yield ops.lora_add_, (a["y"], a["x"], A, B, ids, None, None, scaling, ranks, weights, scale)
     yield ops.lora_shrink, (a["x"], A, ids, None, None, ranks, pairs)
@@ -39,7 +40,7 @@ def op_calls(sample):
     dy = torch.randn(a["y"].shape).to(a["x"].dtype)
     W = torch.randn(dy.shape[-1], a["x"].shape[-1]).to(dy.dtype)
     for weight, need in ((None, (True, True, True, True)), (W, (True, False, False, True))):
-        yield ops.lora_grads, (dy, a["x"], weight, A, B, v, ids, None, scaling, ranks, weights, scale, *need)
+        yield ops.lora_grads, (dy, a["x"], weight, A, B, v, plan, scaling, ranks, weights, scale, *need)
 
 
 def test_every_op_has_a_call():
