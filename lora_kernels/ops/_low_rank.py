@@ -131,6 +131,8 @@ def _of_factors(factors: Sequence[Tensor], grad: Tensor, is_B: bool) -> list[Ten
     dtype = factors[0].dtype
     if factors[0].dim() == 3:
         return [grad.to(dtype)]
+    if len(factors) == 1:
+        return [grad[0].to(dtype)]
     parts = [g[:, : t.shape[1]] if is_B else g[: t.shape[0]] for g, t in zip(grad, factors, strict=True)]
     return [g.to(dtype, memory_format=torch.contiguous_format, copy=True) for g in parts]
 
