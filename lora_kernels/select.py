@@ -137,16 +137,13 @@ def shrink_tiles(
     block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
     chunk = 256 if K <= 4096 else max(_power_of_2(-(-K // 32)), 512)
     chunks = max(-(-K // chunk), 1)
-    tall = pairs > 256 and pairs >= 32 * L
+    tall = _tall(pairs, L)
     # 64 rows only there: Triton 3.6 does not compile the loop for Blackwell's tensor cores.
     block_m = (64 if half and gpu.capability[0] == 9 else 32) if tall else 16
     # Many rows of x are worth reading once for all slices; few come from the cache, and more programs are better.
     # Not on AMD, where Triton has no pointers into several tensors side by side.
-    together = (
-        _power_of_2(S)
-        if not gpu.amd and tall and block_r >= R and _power_of_2(S) * block_r <= (128 if half else 32)
-        else 1
-    )
+    slices, most = _power_of_2(S), 128 if half else 32
+    together = slices if tall and not gpu.amd and block_r >= R and slices * block_r <= most else 1
     wide = tall and not half and block_r > 16  # too many registers for four warps
     stage = (block_m + together * block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
@@ -170,7 +167,7 @@ def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.
     """
     block_r = _expand_block_r(R, factors)
     wider = 1 if factors == torch.bfloat16 and block_r >= R else 2  # all others take twice the registers
-    if pairs <= 256 or pairs < 32 * L:
+    if not _tall(pairs, L):
         return ExpandTiles(block_m=16, block_n=256, block_r=block_r, group=1, num_warps=4 * wider, num_stages=1)
     blocks = (pairs // 32 + L) * (N // 64)
     return ExpandTiles(
@@ -185,9 +182,13 @@ def expand_tiles(pairs: int, L: int, N: int, R: int, terms: int, factors: torch.
 
 def makes_v_again(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu) -> bool:
     """Whether one kernel adds all, each program making v for itself, instead of a shrink and an expand."""
-    tall = pairs > 256 and pairs >= 32 * L
     small = 0 < K * R * factors.itemsize <= gpu.recompute
-    return small and not tall and x == factors and _expand_block_r(R, factors) >= R
+    return small and not _tall(pairs, L) and x == factors and _expand_block_r(R, factors) >= R
+
+
+def _tall(pairs: int, L: int) -> bool:
+    """Whether an adapter has rows enough for tall tiles."""
+    return pairs > 256 and pairs >= 32 * L
 
 
 def _expand_block_r(R: int, factors: torch.dtype) -> int:
