@@ -142,7 +142,8 @@ def shrink_tiles(
     block_m = (64 if half and gpu.capability[0] == 9 else 32) if tall else 16
     # Many rows of x are worth reading once for all slices; few come from the cache, and more programs are better.
     # Not on AMD, where Triton has no pointers into several tensors side by side.
-    slices, most = _power_of_2(S), 128 if half else 32
+    # Nor of masters, whose parts take the registers.
+    slices, most = _power_of_2(S), 128 if half else 32 if x == factors else 0
     together = slices if tall and not gpu.amd and block_r >= R and slices * block_r <= most else 1
     wide = tall and not half and block_r > 16  # too many registers for four warps
     stage = (block_m + together * block_r) * block_k * max(x.itemsize, factors.itemsize)
@@ -155,7 +156,7 @@ def shrink_tiles(
         chunks=chunks,
         # Not where the expand loops over blocks of ranks: its loads of all parts, pipelined, outgrow shared memory.
         split=chunks if pairs * R <= 32768 and not (tall and _expand_block_r(R, factors) < R) else 1,
-        num_warps=8 if wide else 4,
+        num_warps=8 if wide or (together > 1 and (together * block_r > 64 or not half)) else 4,
         num_stages=min(5 if half and tall else 2 if wide else 3, max(gpu.shared // stage, 1)),
     )
 

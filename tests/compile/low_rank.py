@@ -23,7 +23,12 @@ WIDE = {
 }
 
 #: Faults that stand until the kernel is better, by how they begin, and the targets (under one Triton) that show them.
-KNOWN = {}
+KNOWN = {
+    # 56 bytes at 64 registers of 255: ptxas' own choice.
+    "backward bf16 M=8192 R=16 L=8 N=(4096,1024,1024) scaling=True ranks=True: outer_kernel: spills": (
+        "sm_100 Triton 3.9",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ CASES = (
     *(Case("add", "bf16", MANY, R, L=64, N=(4096, 1024, 1024), scaling=True, ranks=True) for R in (16, 32)),
     *(Case("shrink", "bf16", 500, R, L=8, N=(4096, 1024, 1024)) for R in (16, 32)),
     *(Case("shrink", "bf16", M, R, L=8, N=(14336, 14336)) for M in (500, MANY) for R in (16, 32, 64)),
-    *(Case("shrink", "bf16-masters", M, 16, L=8, N=(14336, 14336)) for M in (500, MANY)),
+    *(Case("shrink", "fp32", M, 16, L=8, N=(14336, 14336)) for M in (500, MANY)),
     Case("add", "bf16", FEW, 16, L=64, scaling=True, k=2),
     # Factors in a list and packed ones.
     *(Case("add", "bf16-masters", M, 16, L=8, form="list") for M in (FEW, MANY)),
