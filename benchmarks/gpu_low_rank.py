@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from compare import OURS, check
 from gpu_case import Case, cases
+from lora_kernels.kernels.configs import slug
 from peers import Peer, load, reason
 
 import lora_kernels as lk
@@ -151,7 +152,7 @@ def roofs() -> dict[str, float]:
 def machine() -> dict[str, str]:
     """What the results were measured on and with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    device = "gpu-" + "-".join(gpu.lower().split())
+    device = "gpu-" + slug(gpu)
     return {
         "device": device,
         "gpu": gpu,

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 from gpu_case import SITES, Case
 from gpu_low_rank import captured, times
+from lora_kernels.kernels.configs import slug
 
 from lora_kernels.ops._low_rank import lora_add_
 
@@ -96,8 +97,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="one small batch each on the CPU: the path, no times")
     options = parser.parse_args()
-    from lora_kernels.kernels.configs import slug
-
     with torch.no_grad():
         found = {"programs": programs(options.dry_run), "recompute": recompute(options.dry_run)}
     name = "none" if options.dry_run else slug(torch.cuda.get_device_name())

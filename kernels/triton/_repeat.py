@@ -25,8 +25,8 @@ _state = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)``, noted where an op is being recorded."""
-    compiled = kernel[grid](*args, **constants)
+    """``kernel[grid](*args, **constants)``, with fused multiply-adds; noted where an op is being recorded."""
+    compiled = kernel[grid](*args, enable_fp_fusion=True, **constants)
     recording = getattr(_state, "recording", None)
     if recording is not None:
         recording.add(kernel, compiled, grid, args, constants)
@@ -38,22 +38,18 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
     Its attribute ``replay(args)`` runs it only where it is known to be right, and returns whether it did; ``forget()``
     makes every call a first one.
     """
-    known: dict[tuple, _Recording | None] = {}
+    known: dict[tuple | None, _Recording | None] = {}
 
     def replay(args: tuple) -> bool:
-        try:
-            recording = known.get(_kind(args))
-        except (AttributeError, TypeError, RuntimeError):
-            return False
+        recording = known.get(_kind(args))
         if recording is not None:
             recording.replay(args)
         return recording is not None
 
     @functools.wraps(op)
     def call(*args: Any) -> None:
-        try:
-            kind = _kind(args)
-        except (AttributeError, TypeError, RuntimeError):
+        kind = _kind(args)
+        if kind is None:
             return op(*args)
         recording = known.get(kind, _NEW)
         if recording is _NEW:
@@ -70,27 +66,33 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _kind(args: tuple) -> tuple:
+def _kind(args: tuple) -> tuple | None:
     """All that decides which kernels an op launches with which numbers, and whether its arguments are right.
 
-    Raises:
-        AttributeError, TypeError, RuntimeError: the arguments are not what a kernel can read as they are.
+    None where a kernel can't read them as they are, or where Triton looks at more (AMD).
     """
+    if torch.version.hip:
+        return None
     kind: list[Any] = []
-    for a in args:
-        if isinstance(a, Tensor):
-            kind += _kind_of(a)
-        elif isinstance(a, (tuple, list)):
-            kind.append(len(a))
-            for t in a:
-                kind += _kind_of(t)
-        else:
-            kind.append(a)
+    try:
+        for a in args:
+            if isinstance(a, Tensor):
+                kind += _kind_of(a)
+            elif isinstance(a, (tuple, list)):
+                kind.append(len(a))
+                for t in a:
+                    kind += _kind_of(t)
+            elif a is None or isinstance(a, (int, float)):
+                kind.append(a)
+            else:
+                return None
+    except (AttributeError, TypeError, RuntimeError):
+        return None
     return tuple(kind)
 
 
 def _kind_of(t: Tensor) -> tuple:
-    if type(t) not in _PLAIN or t.is_neg() or torch.version.hip:
+    if type(t) not in _PLAIN or t.is_neg():
         raise TypeError
     return t.dtype, t.get_device(), t.shape, t.stride(), t.data_ptr() & 15
 

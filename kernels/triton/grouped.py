@@ -31,7 +31,7 @@ def select(values, i):
 
 @triton.jit
 def run(plan, tile, pairs, L, SIZE: tl.constexpr, BLOCK_L: tl.constexpr, PLANNED: tl.constexpr):
-    """(adapter, first, stop): the places in the plan that a tile's adapter has from the tile on; L: it has none."""
+    """(adapter, start, stop): whose pairs a tile is of, L where it is empty, and the places they have in the plan."""
     if PLANNED:
         # Adapter l has tile slots from start_l // SIZE + l on: enough, in order, and found without a prefix sum.
         adapter = -1
@@ -48,7 +48,7 @@ def run(plan, tile, pairs, L, SIZE: tl.constexpr, BLOCK_L: tl.constexpr, PLANNED
         adapter = tile * 0
         start = tile * SIZE
         stop = pairs
-    return adapter, start, stop
+    return adapter, start, tl.minimum(stop, start + SIZE)
 
 
 @triton.jit
@@ -181,7 +181,7 @@ def write_plan(table: Tensor, ids: Tensor, indptr: Tensor | None, order: Tensor 
             table, ids, indptr.contiguous() if segmented else ids, or_else(order, ids),
             pairs, segments, (segments + 1).bit_length(), num_adapters,
             BLOCK=min(max(triton.next_power_of_2(pairs), 32), 1024), SEGMENTED=segmented, ORDERED=order is not None,
-            num_warps=4, num_stages=1, enable_fp_fusion=True,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def sum_into(out: Tensor, parts: Tensor, *, add: bool = False) -> None:
     launch(
         sum_kernel, (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)),
         out, parts, rows, columns, parts.shape[0], *out.stride(), *parts.stride()[:2],
-        BLOCK_M=block_m, BLOCK_N=block_n, ADD=add, num_warps=4, num_stages=1, enable_fp_fusion=True,
+        BLOCK_M=block_m, BLOCK_N=block_n, ADD=add, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 

@@ -246,7 +246,7 @@ def _shrink(x: Tensor, A: _Factors, plan, ranks, pairs: int, whole: bool, packed
         BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
         PLANNED=plan is not None, LISTED=A.listed, RANKED=ranks is not None,
         PRECISION="ieee" if K < 32 else _device.precision(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
         **_device.overlap(x.device, True),
     )  # fmt: skip
     return parts
@@ -311,7 +311,7 @@ def _expand_(
             PLANNED=plan is not None, LISTED=B.listed, PACKED=packed, SCALED=scaling is not None,
             RANKED=ranks is not None, WEIGHTED=weights is not None, ONE_BLOCK_OF_RANKS=tile.block_r >= R,
             PRECISION=_device.precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            enable_fp_fusion=True, **_device.overlap(y.device, overlap),
+            **_device.overlap(y.device, overlap),
         )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -336,7 +336,7 @@ def _add_(y: Tensor, x: Tensor, A: _Factors, B: _Factors, plan, scaling, ranks, 
             BLOCK_L=block_l(L), GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, PACKED=packed,
             SCALED=scaling is not None, RANKED=ranks is not None,
             X_PRECISION="ieee" if K < 32 else _device.precision(), PRECISION=_device.precision(),
-            num_warps=expand.num_warps, num_stages=shrink.num_stages, enable_fp_fusion=True,
+            num_warps=expand.num_warps, num_stages=shrink.num_stages,
             **_device.overlap(x.device, True),
         )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
@@ -363,7 +363,7 @@ def _expand_grad(
             SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
             GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, RANKED=ranks is not None,
             WEIGHTED=weights is not None, PARTS=_parts(dtype), PRECISION=_device.precision(),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     if N:
         sum_into(dv, planes)
@@ -388,7 +388,7 @@ def _outer(u: Tensor, w: Tensor, L: int, plan, scaling, weights, scale, pairs: i
             SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_U=tile.block_u, BLOCK_W=tile.block_w, BLOCK_L=block_l(L),
             SLICED=S > 1, PLANNED=plan is not None, WEIGHTED=weights is not None,
             PARTS=_parts(dtype), PRECISION=_device.precision(),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return [
         _gather(parts[:, s], L, plan, reference.of_slice(scaling, s), scale, pairs, tile.size, dtype) for s in range(S)
@@ -405,7 +405,7 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
             out, parts, or_else(plan, parts), or_else(scaling, parts), pairs, L, elements, parts.stride(0), scale,
             0 if scaling is None else scaling.stride(0),
             SIZE=size, BLOCK=1024, PLANNED=plan is not None, SCALED=scaling is not None,
-            num_warps=4, num_stages=1, enable_fp_fusion=True,
+            num_warps=4, num_stages=1,
         )  # fmt: skip
     return out
 

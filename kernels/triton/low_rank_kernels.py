@@ -113,12 +113,8 @@ def shrink_kernel(
     step_k = _stride(a_k, s, adapter, LISTED)
     x_at = x + (pair // k)[:, None] * x_m + kk.to(tl.int64)[None, :] * x_k
     a_at = _factor(A, a_l, s, adapter, LISTED) + r.to(tl.int64) * _stride(a_r, s, adapter, LISTED)
-    if SLICES > 1 and len(a_k) > 1:
-        a_at = a_at[None, :] + kk.to(tl.int64)[:, None] * step_k[None, :]
-        a_step = (tl.full([], BLOCK_K, tl.int64) * step_k)[None, :]
-    else:
-        a_at = a_at[None, :] + kk.to(tl.int64)[:, None] * step_k
-        a_step = tl.full([], BLOCK_K, tl.int64) * step_k
+    a_at = a_at[None, :] + kk.to(tl.int64)[:, None] * step_k
+    a_step = tl.full([], BLOCK_K, tl.int64) * step_k
     x_step = tl.full([], BLOCK_K, tl.int64) * x_k
     needed = True
     if SLICES == 1:
@@ -327,7 +323,6 @@ def expand_grad_kernel(
     adapter, start, stop = run(plan, tile, pairs, L, SIZE, BLOCK_L, PLANNED)
     if adapter >= L:
         return
-    stop = tl.minimum(stop, start + SIZE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     rank = _rank(ranks, widths, 0, adapter, R, 0, ranks_l, LISTED, RANKED)
@@ -364,7 +359,6 @@ def outer_kernel(
     adapter, start, stop = run(plan, tile, pairs, L, SIZE, BLOCK_L, PLANNED)
     if adapter >= L:
         return
-    stop = tl.minimum(stop, start + SIZE)
     c = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
     wc = tl.program_id(2) * BLOCK_W + tl.arange(0, BLOCK_W)
     if SLICED:

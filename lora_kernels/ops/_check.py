@@ -196,34 +196,36 @@ def output(y: Any, rows: int, N: int, x: Tensor, dtypes: tuple[torch.dtype, ...]
 
 
 def shrink(
-    x: Any,
-    A: Sequence[Tensor],
-    adapter_ids: Any,
-    indptr: Any,
-    plan: Any,
-    ranks: Any,
-    pairs: int,
-    weights: Any = None,
-    slices: int = 1,
+    x: Any, A: Sequence[Tensor], adapter_ids: Any, indptr: Any, plan: Any, ranks: Any, pairs: int, weights: Any = None
 ) -> int:
-    """The arguments of a shrink, of so many slices in a packed A; returns M."""
+    """The arguments of a shrink; returns M."""
+    rows = _into_A(x, A, adapter_ids, indptr, plan, weights)
+    _rank("A", padded_rank(A))
+    ranks_within(ranks, num_slices(A), num_adapters(A), padded_rank(A), x)
+    return rows
+
+
+def _into_A(x: Any, A: Sequence[Tensor], adapter_ids: Any, indptr: Any, plan: Any, weights: Any) -> int:
+    """x, A in any form and which rows use which adapter; returns M."""
     floating("x", x)
     if x.dim() == 0:
         raise ValueError("x must be [..., K], got a scalar")
     factors("A", A, x, "[L, R, K], or a tuple of those")
-    L, S, K = num_adapters(A), num_slices(A), x.shape[-1]
+    L, K = num_adapters(A), x.shape[-1]
     for i, a in enumerate(A):
         if a.shape[-1] != K or (a.dim() == 3 and a.shape[:2] != A[0].shape[:2]):
             expected = f"[{L}, {A[0].shape[1]}, {K}]" if a.dim() == 3 else f"[r, {K}]"
             raise ValueError(f"A{f'[{i}]' if len(A) > 1 else ''} must be {expected} for x [..., {K}], got {shape(a)}")
     if A[0].dtype not in (x.dtype, torch.float32) and x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
-    if padded_rank(A) > MAX_RANK * slices:
-        raise ValueError(f"A has rank {padded_rank(A) // slices}, more than the {MAX_RANK} supported")
     rows = x.numel() // K if K else x.shape[:-1].numel()
     routing(rows, L, adapter_ids, indptr, plan, weights, x)
-    ranks_within(ranks, S, L, padded_rank(A), x)
     return rows
+
+
+def _rank(name: str, rank: int) -> None:
+    if rank > MAX_RANK:
+        raise ValueError(f"{name} has rank {rank}, more than the {MAX_RANK} supported")
 
 
 def add(
@@ -240,16 +242,16 @@ def add(
     scale: float,
 ) -> None:
     """The arguments of y += s (x Aᵀ) Bᵀ."""
-    packed = isinstance(B, (tuple, list)) and len(A) == 1 and len(B) > 1
-    rows = shrink(x, A, adapter_ids, indptr, plan, None, 0, weights, len(B) if packed else 1)
+    rows = _into_A(x, A, adapter_ids, indptr, plan, weights)
     if A[0].dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
     factors("B", B, x, "[L, N, R], or a tuple of those")
     L, S = num_adapters(A), num_slices(A)
     if is_packed(A, B):
         A = _unpacked_shapes(A[0], B, ranks)
+    _rank("A", padded_rank(A))
     ranks_within(ranks, S, L, padded_rank(A), x)
-    S = len(B) if B[0].dim() == 3 else 1
+    S = num_slices(B)
     if len(B) != len(A) or B[0].dim() != A[0].dim():
         raise ValueError(
             f"A and B must come in the same form, got {len(A)} of {shape(A[0])} and {len(B)} of {shape(B[0])}"
@@ -303,8 +305,7 @@ def expand(
     for i, b in enumerate(B):
         if b.dim() == 3 and (b.shape[0] != L or b.shape[2] != R):
             raise ValueError(f"B[{i}] must be [{L}, N, {R}], got {shape(b)}")
-    if R > MAX_RANK:
-        raise ValueError(f"B has rank {R}, more than the {MAX_RANK} supported")
+    _rank("B", R)
     rows = v.shape[1] // (weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() == 2 else 1)
     routing(rows, L, adapter_ids, indptr, plan, weights, v)
     N = sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
