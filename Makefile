@@ -17,10 +17,10 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o
 demo: $(VENV)/demo.extra $(VENV)/extension
 	$(BIN)/python -m lora_kernels demo $(ARGS)
 
-test: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension
+test: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension $(VENV)/sim
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-full: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension
+test-full: $(VENV)/peft.extra $(VENV)/test.extra $(VENV)/extension $(VENV)/sim
 	$(BIN)/pytest $(ARGS)
 
 # The oldest Triton supported, best in a VENV of its own, with a numpy that its interpreter knows.
@@ -33,7 +33,7 @@ test-triton: $(VENV)/test.extra
 # After a change of kernels or tiles that is meant: what they now take of each GPU, to be committed.
 snapshot: $(VENV)/test.extra
 	$(PIP) "$(TRITON)" "numpy<2.4"
-	$(BIN)/pytest tests/compile/test_kernels.py --update-snapshot $(ARGS)
+	$(BIN)/pytest tests/compile/test_kernels.py tests/compile/test_cuda.py --update-snapshot $(ARGS)
 
 bench: $(VENV)/peft.extra $(VENV)/bench.extra $(VENV)/extension
 	$(BIN)/pytest benchmarks --benchmark-only $(ARGS)
@@ -50,7 +50,7 @@ format: $(VENV)/lint.extra
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .*_cache lora_kernels/_C*.so
+	rm -rf .venv .venv-* build dist *.egg-info .*_cache lora_kernels/_C*.so lora_kernels/_sim*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Changes only when the settings do, so that what depends on it is made again only then.
@@ -72,4 +72,9 @@ $(VENV)/demo.extra: $(VENV)/settings pyproject.toml setup.py
 
 $(VENV)/extension: $(VENV)/settings setup.py $(CXX_SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# CUDA's kernels on the host executor, for tests/sim only, which is skipped where auto could not build them.
+$(VENV)/sim: $(VENV)/test.extra csrc/sim/build.py $(CXX_SOURCES)
+	$(BIN)/python csrc/sim/build.py || test "$(LORA_KERNELS_BUILD)" = auto
 	touch $@

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from sanitizing import environment
 
 import lora_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-CXX = os.environ.get("CXX", "c++")
 #: Runs first in the process under test: the package and its extension are the instrumented copy, and it is loaded.
 PROLOGUE = """
 import sys
@@ -29,20 +29,10 @@ sys.exit(pytest.main(sys.argv[2:]))
 """
 
 
-def runtime(name):
-    """The path of one of the compiler's runtime libraries."""
-    if not sys.platform.startswith("linux") or shutil.which(CXX) is None:
-        pytest.skip(f"needs Linux and a C++ compiler ({CXX})")
-    path = subprocess.run([CXX, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(path):
-        pytest.skip(f"{CXX} has no {name}")
-    return path
-
-
 @pytest.fixture(scope="module")
 def instrumented(tmp_path_factory):
-    """A copy of the package whose extension is built with both sanitizers; and what to preload under it."""
-    preload = [runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6")]
+    """A copy of the package whose extension is built with both sanitizers; and the variables it needs."""
+    preloaded = environment()
     out = tmp_path_factory.mktemp("sanitized")
     # The objects stay, so that only what changed is built again.
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", out, "--build-temp", ROOT / "build/sanitizers"]
@@ -57,22 +47,19 @@ def instrumented(tmp_path_factory):
     (extension,) = package.glob("_C.*")
     assert b"__asan_report_load" in extension.read_bytes()
     assert b"__ubsan_handle" in extension.read_bytes()
-    return package, preload
+    return package, preloaded
 
 
 def run(instrumented, tmp_path, *arguments):
     """Run tests under the sanitizers; returns how many passed."""
-    package, preload = instrumented
+    package, preloaded = instrumented
     script = tmp_path / "run.py"
     script.write_text(PROLOGUE)
     env = {
         **os.environ,
         "PYTHONPATH": str(package.parent),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "LD_PRELOAD": ":".join(preload),
-        # Python itself leaks, and OpenMP's stacks are its own.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
-        "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1:exitcode=99",
+        **preloaded,
     }
     command = [
         sys.executable,
