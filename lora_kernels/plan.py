@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from .ops import _check
-from .ops._dispatch import Op
+from .ops._dispatch import Op, gpu
 from .reference import low_rank as reference
 
 lora_plan_ = Op(
-    reference.lora_plan_, mutates=("table",), fake=lambda table, ids, indptr, num_adapters, order=None: None
+    reference.lora_plan_,
+    mutates=("table",),
+    fake=lambda table, ids, indptr, num_adapters, order=None: None,
+    prefers_cuda=lambda table, *_: gpu(table.device).cuda,
 )
 
 

@@ -18,14 +18,20 @@ class Choice:
 
 
 def choose(
-    device_type: str, available: frozenset[str], forced: str | None = None, *, interpreted: bool = False
+    device_type: str,
+    available: frozenset[str],
+    forced: str | None = None,
+    *,
+    interpreted: bool = False,
+    cuda_first: bool = False,
 ) -> Choice:
     """The backend for tensors on ``device_type`` among those ``available`` for the op.
 
     A forced backend is taken or refused (``backend`` None), never replaced. ``interpreted``: Triton's interpreter is
-    on, so that its kernels take CPU tensors when forced.
+    on, so that its kernels take CPU tensors when forced. ``cuda_first``: CUDA kernels are the faster ones.
     """
-    suits: tuple[str, ...] = {"cpu": ("cpu", "sim"), "cuda": ("cuda", "triton")}.get(device_type, ())
+    gpu = ("cuda", "triton") if cuda_first else ("triton", "cuda")
+    suits: tuple[str, ...] = {"cpu": ("cpu", "sim"), "cuda": gpu}.get(device_type, ())
     if interpreted and device_type == "cpu" and forced == "triton":
         suits += ("triton",)
     if forced is not None:
@@ -53,14 +59,16 @@ class Gpu:
         programs: how many programs of an expand keep it busy.
         recompute: up to how many bytes of A each program of a small batch reads it whole, in one kernel, which saves
             the start of a second one; 0 = never.
+        cuda: whether the CUDA kernels of ``low_rank`` are faster than Triton's, for bf16 factors.
 
-    The last two are measured by ``benchmarks/tune.py``, which writes them to ``kernels/configs``.
+    The last three are measured by ``benchmarks/tune.py``, which writes them to ``kernels/configs``.
     """
 
     capability: tuple[int, int] = (0, 0)
     shared: int = 64 * 1024
     programs: int = 512
     recompute: int = 0
+    cuda: bool = False
 
     @property
     def amd(self) -> bool:
@@ -185,6 +193,33 @@ def makes_v_again(pairs: int, L: int, K: int, R: int, x: torch.dtype, factors: t
     """Whether one kernel adds all, each program making v for itself, instead of a shrink and an expand."""
     small = 0 < K * R * factors.itemsize <= gpu.recompute
     return small and not _tall(pairs, L) and x == factors and _expand_block_r(R, factors) >= R
+
+
+def runs_on(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
+    """Whether a GPU runs what is compiled for ``architectures``.
+
+    ``sm_90`` is machine code for its generation from that capability on, ``compute_90`` is PTX for all from there on.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        least = divmod(int("".join(filter(str.isdigit, number))), 10)
+        if least <= capability and (kind == "compute" or least[0] == capability[0]):
+            return True
+    return False
+
+
+def cuda_is_faster(factors: torch.dtype, gpu: Gpu) -> bool:
+    """Whether a ``low_rank`` op takes the CUDA kernel where Triton has one too.
+
+    Never by the batch: each kernel sums in an order of its own, and a row's bits may not depend on other rows.
+    """
+    return gpu.cuda and factors == torch.bfloat16
+
+
+def outgrows_cuda(R: int, factors: torch.dtype, gpu: Gpu) -> bool:
+    """Whether the CUDA expand has no room for 64 columns of B and 16 rows of v of all ranks."""
+    ranks = -(-R // 16) * 16
+    return 64 * (ranks * factors.itemsize + 2) + 16 * (ranks + 8) * 4 > gpu.shared
 
 
 def _tall(pairs: int, L: int) -> bool:

@@ -39,8 +39,8 @@ def slices(device):
     assert bitwise_equal(lk.bgmv(y.clone(), x, (A, A), (odd, B[1]), ids), want)
 
 
-def packed(device):
-    """One A with its slices at rows that depend on each adapter's rank, as in SGLang's pool."""
+def pool_of(device):
+    """(a pool, the same as tuples A and B, ranks): a packed A, as in SGLang's pool, of slices at rows by rank."""
     torch.manual_seed(0)
     S, L, R, K, widths = 3, 4, 8, 72, (24, 8, 8)
     ranks = torch.tensor([8, 3, 0, 5], dtype=torch.int32, device=device)
@@ -51,8 +51,15 @@ def packed(device):
             pool[l, s * r : (s + 1) * r] = A[s][l, :r]
     whole = torch.randn(L, sum(widths), R, device=device)
     B = whole.split(widths, 1)
+    return pool, A, B, ranks
+
+
+def packed(device):
+    """One A with its slices at rows that depend on each adapter's rank."""
+    pool, A, B, ranks = pool_of(device)
+    L, K, N = len(ranks), pool.shape[2], sum(b.shape[1] for b in B)
     for M in (7, 300):
-        x, y = torch.randn(M, K, device=device), torch.randn(M, sum(widths), device=device)
+        x, y = torch.randn(M, K, device=device), torch.randn(M, N, device=device)
         ids, scaling = torch.randint(-1, L, (M,), device=device), torch.rand(L, device=device)
         want = lk.bgmv(y.clone(), x, A, B, ids, scaling=scaling, ranks=ranks)
         got = lk.bgmv(y.clone(), x, pool, B, ids, scaling=scaling, ranks=ranks)
@@ -62,7 +69,13 @@ def packed(device):
         assert bitwise_equal(lk.sgmv(y.clone(), x, pool, B, plan, scaling=scaling, ranks=ranks), got)
         full = torch.cat(A, 1)
         torch.testing.assert_close(lk.bgmv(y.clone(), x, full, B, ids), lk.bgmv(y.clone(), x, A, B, ids))
-    x, y, ids = x[:9], y[:9], ids[:9]
+
+
+def packed_gradients(device):
+    pool, A, B, ranks = pool_of(device)
+    S, L = len(B), len(ranks)
+    x, y = torch.randn(9, pool.shape[2], device=device), torch.randn(9, sum(b.shape[1] for b in B), device=device)
+    ids = torch.randint(-1, L, (9,), device=device)
     pool, B = pool.nan_to_num().requires_grad_(), [b.clone().requires_grad_() for b in B]
     A = [a.clone().requires_grad_() for a in A]
     got = torch.autograd.grad(lk.multi_lora(x, pool, B, ids, ranks=ranks, y=y).sum(), [pool, *B])
@@ -141,4 +154,4 @@ def lists(device):
         torch.testing.assert_close(lk.bgmv(y.clone(), x, mixed, [strided(b) for b in B], ids), want)
 
 
-CHECKS = (ids_and_weights, slices, packed, a_size_of_one, sorted_rows, lists)
+CHECKS = (ids_and_weights, slices, packed, packed_gradients, a_size_of_one, sorted_rows, lists)

@@ -1,12 +1,31 @@
-"""Tuned settings, one JSON file a device: fields of ``lora_kernels.select.Gpu``, written by ``benchmarks/tune.py``."""
+"""What of a GPU decides how kernels run, and tuned settings among it, one JSON file a device.
+
+A file holds fields of ``lora_kernels.select.Gpu`` and is written by ``benchmarks/tune.py``.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lora_kernels.select import Gpu
+
 HERE = Path(__file__).resolve().parent
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """What of ``device`` decides tiles; the CPU's is that of the interpreter and the host executor."""
+    if device.type == "cpu":
+        return Gpu((8, 0), 163 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
+    return Gpu(capability, shared, **settings(properties.name))
 
 
 def settings(device: str, folder: Path = HERE) -> dict[str, Any]:

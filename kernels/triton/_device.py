@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 
 import torch
-from lora_kernels.kernels.configs import settings
+from lora_kernels.kernels.configs import gpu
 from torch import Tensor
-
-from lora_kernels.select import Gpu
-
-
-@functools.cache
-def gpu(device: torch.device) -> Gpu:
-    """What of ``device`` decides tiles; the CPU's is the interpreter's."""
-    if device.type == "cpu":
-        return Gpu((8, 0))
-    properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)
-    return Gpu(capability, shared, **settings(properties.name))
 
 
 def precision() -> str:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _device
+from lora_kernels.ops._kind import KINDS_MOST, kind_of
 
-MOST = 1024  # kinds of calls that are remembered of an op
+from . import _device
 
 _state = threading.local()
 
@@ -41,19 +41,19 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
     known: dict[tuple | None, _Recording | None] = {}
 
     def replay(args: tuple) -> bool:
-        recording = known.get(_kind(args))
+        recording = known.get(kind_of(args))
         if recording is not None:
             recording.replay(args)
         return recording is not None
 
     @functools.wraps(op)
     def call(*args: Any) -> None:
-        kind = _kind(args)
+        kind = kind_of(args)
         if kind is None:
             return op(*args)
         recording = known.get(kind, _NEW)
         if recording is _NEW:
-            if len(known) >= MOST:
+            if len(known) >= KINDS_MOST:
                 known.clear()
             known[kind] = _record(op, args)
         elif recording is None:
@@ -64,37 +64,6 @@ def repeatable(op: Callable[..., None]) -> Callable[..., None]:
 
     call.replay, call.forget = replay, known.clear  # type: ignore[attr-defined]
     return call
-
-
-def _kind(args: tuple) -> tuple | None:
-    """All that decides which kernels an op launches with which numbers, and whether its arguments are right.
-
-    None where a kernel can't read them as they are, or where Triton looks at more (AMD).
-    """
-    if torch.version.hip:
-        return None
-    kind: list[Any] = []
-    try:
-        for a in args:
-            if isinstance(a, Tensor):
-                kind += _kind_of(a)
-            elif isinstance(a, (tuple, list)):
-                kind.append(len(a))
-                for t in a:
-                    kind += _kind_of(t)
-            elif a is None or isinstance(a, (int, float)):
-                kind.append(a)
-            else:
-                return None
-    except (AttributeError, TypeError, RuntimeError):
-        return None
-    return tuple(kind)
-
-
-def _kind_of(t: Tensor) -> tuple:
-    if type(t) not in _PLAIN or t.is_neg():
-        raise TypeError
-    return t.dtype, t.get_device(), t.shape, t.stride(), t.data_ptr() & 15
 
 
 def _record(op: Callable[..., None], args: tuple) -> _Recording | None:
@@ -178,7 +147,6 @@ class _Recording(TorchDispatchMode):
                 run(*values)
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
 _NEW: Any = object()
 _ALIAS = torch.ops.aten._reshape_alias.default
 _ZEROING = {torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default}

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import lora_kernels
 
-from ..ops._dispatch import extension_error, has_triton
+from ..ops._dispatch import extension_error
+from ..ops._low_rank import lora_add_
 from ..testing import ratio, take_turns
 from .model import quiet
 
@@ -45,7 +46,8 @@ class Timing:
 def instruction_set(device: torch.device) -> str:
     """The GPU and what its kernels are, or the widest vector instructions of this CPU and those its kernels use."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}; kernels: {'triton' if has_triton('low_rank') else 'none'}"
+        kernels = ", ".join(sorted(lora_add_.backends() & {"cuda", "triton"})) or "none"
+        return f"{torch.cuda.get_device_name(device)}; kernels: {kernels}"
     name = torch.backends.cpu.get_cpu_capability()
     kernels = "none compiled" if extension_error else torch.ops.lora_kernels_C.get_isa()
     return f"torch: {name}; kernels: {kernels}"

@@ -21,7 +21,7 @@ from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.functional import linear
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend, has_triton
+from ..ops._dispatch import extension_error, forced_backend
 from ..ops._low_rank import lora_add_
 from ..ops.lora_linear import _LoRALinear
 from ..ops.low_rank import _call, _multi_lora
@@ -37,7 +37,7 @@ INACTIVE = "base layer only: no active adapter here"
 BASE_ONLY = frozenset({DISABLED, MERGED, INACTIVE})
 
 _autocast = torch._C._is_any_autocast_enabled
-_compiled, _triton = extension_error is None, has_triton("low_rank")
+_compiled, _on_gpu = extension_error is None, lora_add_.has_gpu_kernel()
 _add, _native = lora_add_.overload, lora_add_.native
 
 
@@ -102,7 +102,7 @@ def _forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         return None
     compiling = is_compiling()
     forced = None if compiling else forced_backend()
-    if forced is None and not (_compiled if x.is_cpu else _triton and x.is_cuda):
+    if forced is None and not (_compiled if x.is_cpu else _on_gpu and x.is_cuda):
         return None
 
     wanted, table = None, None

@@ -305,6 +305,8 @@ def expand(
     for i, b in enumerate(B):
         if b.dim() == 3 and (b.shape[0] != L or b.shape[2] != R):
             raise ValueError(f"B[{i}] must be [{L}, N, {R}], got {shape(b)}")
+        if b.dim() == 2 and b.shape[0] != B[0].shape[0]:
+            raise ValueError(f"B[{i}] must be [{B[0].shape[0]}, r] as B[0], got {shape(b)}")
     _rank("B", R)
     rows = v.shape[1] // (weights.shape[-1] if isinstance(weights, Tensor) and weights.dim() == 2 else 1)
     routing(rows, L, adapter_ids, indptr, plan, weights, v)

@@ -1,8 +1,9 @@
 """Registration of the ops with ``torch.library`` and the way a call takes to its backend.
 
-The schema of an op is read off its reference function. The compiled extension registers its kernels under the
-dispatcher's CPU key, Triton's stand under its CUDA key and are imported at the first call; the reference serves every
-device for which nothing faster is registered.
+The schema of an op is read off its reference function. The compiled extension registers its CPU kernels under the
+dispatcher's CPU key. Under its CUDA key stands a choice between the extension's CUDA kernels, which it has in a
+namespace of their own, and Triton's, which are imported at the first call. The reference serves every device for which
+nothing faster is registered.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -24,11 +26,14 @@ from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from .. import _env
-from ..select import BACKENDS, choose
+from ..select import BACKENDS, Gpu, choose, runs_on
+from ._kind import KINDS_MOST, kind_of
 
 NAMESPACE = "lora_kernels"
+COMPILED = "lora_kernels_C"  # ops that only the extension has
 logger = logging.getLogger(NAMESPACE)
 _library = Library(NAMESPACE, "FRAGMENT")
+_compiled_library = Library(COMPILED, "FRAGMENT")
 
 
 #: Each says whether something is on in this thread that is to see the ops called: a call then takes the dispatcher.
@@ -59,6 +64,12 @@ def _load_extension() -> tuple[Any, str | None]:
 
 #: The compiled module, None without one.
 extension, extension_error = _load_extension()
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What the extension's CUDA kernels are compiled for: ``sm_90``, ``compute_100`` for PTX, ...; () without them."""
+    compiled = torch.ops.lora_kernels_C
+    return tuple(compiled.cuda_architectures()) if hasattr(compiled, "cuda_architectures") else ()
 
 
 _from_environment = _env.backend()
@@ -101,6 +112,25 @@ def has_triton(family: str) -> bool:
     return importlib.util.find_spec(f"{NAMESPACE}.kernels.triton.{family}") is not None
 
 
+def gpu(device: torch.device) -> Gpu:
+    """What of a GPU decides which kernel runs on it."""
+    return importlib.import_module(f"{NAMESPACE}.kernels.configs").gpu(device)
+
+
+@functools.cache
+def compiled_for(device: torch.device) -> bool:
+    """Whether the extension's CUDA kernels run on a GPU."""
+    return runs_on(gpu(device).capability, cuda_architectures())
+
+
+@functools.cache
+def simulator() -> Any:
+    """The module that runs CUDA kernels on the CPU (``csrc/sim``), None without it; built for tests, never shipped."""
+    if importlib.util.find_spec(f"{NAMESPACE}._sim") is None:
+        return None
+    return importlib.import_module(f"{NAMESPACE}._sim")
+
+
 @functools.cache
 def _say_missing() -> None:
     logger.warning("the compiled CPU kernels are missing, so ops run on the slower reference: %s", extension_error)
@@ -109,7 +139,14 @@ def _say_missing() -> None:
 class Op:
     """One registered op: calling it runs the backend chosen for its first tensor's device.
 
-    A ``composite`` one is made of others where it has no kernel of its own: then it is as fast as they are.
+    Args:
+        reference: the op in plain PyTorch; its signature is the schema.
+        mutates: the names of the arguments it writes.
+        fake: what it returns, without data.
+        flops: its FLOP formula.
+        composite: made of other ops where it has no kernel of its own: then it is as fast as they are.
+        cuda_refuses: of its arguments: why the CUDA kernel can't take them, or None.
+        prefers_cuda: of its arguments: whether the CUDA kernel is the faster one, where there is one in Triton too.
     """
 
     registry: ClassVar[dict[str, Op]] = {}
@@ -122,6 +159,8 @@ class Op:
         fake: Callable,
         flops: Callable | None = None,
         composite: bool = False,
+        cuda_refuses: Callable[..., str | None] = lambda *args: None,
+        prefers_cuda: Callable[..., bool] = lambda *args: True,
     ):
         self.name = reference.__name__.removeprefix("_")
         self.reference = reference
@@ -136,8 +175,16 @@ class Op:
         self.native: Callable[..., bool] | None = getattr(extension, self.name, None)
         self.family = reference.__module__.rpartition(".")[2].removeprefix("_")
         self.composite = composite
-        if has_triton(self.family):
-            _library.impl(self.name, self.triton, "CUDA")
+        self.cuda_refuses, self.prefers_cuda = cuda_refuses, prefers_cuda
+        _compiled_library.define(self.name + schema)
+        #: The CUDA kernel's launch, None where the extension has none.
+        self.cuda: Callable | None = None
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{COMPILED}::{self.name}", "CUDA"):
+            self.cuda = getattr(torch.ops.lora_kernels_C, self.name).default._op
+        #: The kinds of calls that the CUDA kernel took.
+        self._known: set[tuple] = set()
+        if self.has_gpu_kernel():
+            _library.impl(self.name, self.on_gpu, "CUDA")
         if flops is not None:
             register_flop_formula(getattr(torch.ops, NAMESPACE).__getattr__(self.name), get_raw=True)(flops)
         Op.registry[self.name] = self
@@ -146,7 +193,31 @@ class Op:
         """The backends that have a kernel for this op here."""
         compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{self.name}", "CPU")
         compiled |= self.composite and extension_error is None
-        return frozenset(["reference"] + ["cpu"] * compiled + ["triton"] * has_triton(self.family))
+        names = {"reference": True, "cpu": compiled, "triton": has_triton(self.family), "cuda": self.cuda is not None}
+        names["sim"] = hasattr(simulator(), self.name)
+        return frozenset(name for name, here in names.items() if here)
+
+    def has_gpu_kernel(self) -> bool:
+        """Whether a GPU needs not the reference."""
+        return self.cuda is not None or has_triton(self.family)
+
+    def on_gpu(self, *args: Any) -> Any:
+        """Run the faster of the kernels that take the call."""
+        if (cuda := self._faster_cuda(args)) is not None:
+            kind = kind_of(args)
+            result = cuda(*args)
+            if result is None and kind is not None and len(self._known) < KINDS_MOST:
+                self._known.add(kind)
+            return result
+        return self.triton(*args) if has_triton(self.family) else self.reference(*args)
+
+    def _faster_cuda(self, args: tuple) -> Callable | None:
+        """The CUDA kernel, where it takes the call and nothing is faster."""
+        if self.cuda is None or not compiled_for(args[0].device):
+            return None
+        if has_triton(self.family) and not self.prefers_cuda(*args):
+            return None
+        return None if self.cuda_refuses(*args) else self.cuda
 
     def triton(self, *args: Any) -> Any:
         """Run the op's Triton kernel: the function of its name and arguments in the module of its family.
@@ -158,22 +229,29 @@ class Op:
         return self._launch(*args)
 
     def repeat(self, args: tuple) -> bool:
-        """Run the op on a GPU where a call of this kind was checked and run before, without the dispatcher.
+        """Run the op on a GPU where a call of this kind was checked and run before, without checks or the dispatcher.
 
         Returns:
             Whether it was; False, with nothing done, also where something is to see the op called.
         """
-        replay: Callable[[tuple], bool] | None = getattr(self._launch, "replay", None)
-        if replay is None or _env.check() or any(watching() for watching in _WATCHERS):
+        if _env.check() or any(watching() for watching in _WATCHERS):
             return False
-        return replay(args)
+        if self._known and kind_of(args) in self._known:
+            self.cuda(*args)  # type: ignore[misc]
+            return True
+        replay: Callable[[tuple], bool] | None = getattr(self._launch, "replay", None)
+        return replay is not None and replay(args)
 
     def forget(self) -> None:
         """Let every call be a first one, since what it rests on has changed."""
-        self._launch.forget()  # type: ignore[attr-defined]
+        self._known.clear()
+        if hasattr(self._launch, "forget"):
+            self._launch.forget()
 
     @functools.cached_property
-    def _launch(self) -> Callable:
+    def _launch(self) -> Any:
+        if not has_triton(self.family):
+            return None
         return getattr(importlib.import_module(f"{NAMESPACE}.kernels.triton.{self.family}"), self.name)
 
     def __call__(self, *args: Any) -> Any:
@@ -191,7 +269,16 @@ class Op:
         if choice.backend is None:
             raise RuntimeError(f"{self.name}: {choice.reason}")
         if choice.backend == "triton":
+            if self._faster_cuda(args) is not None:  # what is noted of a launch would serve calls that are CUDA's
+                return inspect.unwrap(self._launch)(*args)
             return self.triton(*args)
+        if choice.backend in ("cuda", "sim"):
+            if choice.backend == "cuda" and not compiled_for(args[0].device):
+                raise RuntimeError(f"{self.name}: the CUDA kernels are compiled for {', '.join(cuda_architectures())}")
+            if reason := self.cuda_refuses(*args):
+                raise RuntimeError(f"{self.name}: the CUDA kernel takes no {reason}")
+            launch: Any = self.cuda if choice.backend == "cuda" else getattr(simulator(), self.name)
+            return launch(*args)
         if choice.backend == "reference" or self.composite:
             return self.reference(*args)
         return self.overload(*args)

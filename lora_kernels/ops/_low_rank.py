@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from ..reference import low_rank as reference
-from ._dispatch import Op
+from ..select import cuda_is_faster, outgrows_cuda
+from ._dispatch import Op, gpu
+
+# What a CUDA kernel takes as it is:
+LISTED_MOST = 64  # matrices
+DIMS_MOST = 8
 
 
 def out_features(B: Sequence[Tensor]) -> int:
@@ -26,6 +31,42 @@ def _one_device(*args: Any) -> None:
     devices = {t.device for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"tensors on {len(devices)} devices")
+
+
+def _cuda_refuses_factors(factors: Sequence[Tensor], *others: Tensor | None) -> str | None:
+    if any(t is not None and t.dtype == torch.float64 for t in (factors[0], *others)):
+        return "fp64"
+    if any(t is not None and t.dim() > DIMS_MOST for t in others):
+        return f"tensors of more than {DIMS_MOST} dimensions"
+    if len(factors) > LISTED_MOST:
+        return f"lists of more than {LISTED_MOST} factors"
+    return None
+
+
+def _cuda_refuses_shrink(x: Tensor, A: Sequence[Tensor], *_: Any) -> str | None:
+    if x.dtype == torch.float32 and A[0].dtype not in (torch.float32, torch.float64):
+        return "16-bit factors of fp32 rows"
+    return _cuda_refuses_factors(A, x)
+
+
+def _cuda_refuses_expand(
+    y: Tensor, v: Tensor, B: Sequence[Tensor], ids: Any, indptr: Any, plan: Any, scaling: Any, ranks: Any,
+    weights: Tensor | None, scale: float,
+) -> str | None:  # fmt: skip
+    if torch.float32 not in (y.dtype, B[0].dtype) and y.dtype != B[0].dtype:
+        return f"{B[0].dtype} factors of a {y.dtype} y"
+    rank = max(b.shape[-1] for b in B)
+    if outgrows_cuda(rank, B[0].dtype, gpu(y.device)):
+        return f"{B[0].dtype} factors of rank {rank} on a GPU with this little shared memory"
+    return _cuda_refuses_factors(B, y, weights)
+
+
+def _cuda_refuses_add(y: Tensor, x: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], *rest: Any) -> str | None:
+    return _cuda_refuses_shrink(x, A) or _cuda_refuses_expand(y, x, B, *rest)
+
+
+def _prefers_cuda(x: Tensor, factors: Sequence[Tensor], *_: Any) -> bool:
+    return cuda_is_faster(factors[0].dtype, gpu(x.device))
 
 
 def _fake_shrink(x, A, ids, indptr, plan, ranks, pairs):
@@ -45,6 +86,8 @@ lora_add_ = Op(
     reference.lora_add_,
     mutates=("y",),
     fake=_one_device,
+    cuda_refuses=_cuda_refuses_add,
+    prefers_cuda=lambda y, *rest: _prefers_cuda(*rest),
     flops=lambda y, x, A, B, *rest, out_val=None, **kwargs: _flops(
         x.shape[:-1].numel() * (1 if rest[5] is None else rest[5].shape[1]),
         x.shape[-1] * reference.num_slices(B),
@@ -55,6 +98,8 @@ lora_add_ = Op(
 lora_shrink = Op(
     reference.lora_shrink,
     fake=_fake_shrink,
+    cuda_refuses=_cuda_refuses_shrink,
+    prefers_cuda=_prefers_cuda,
     flops=lambda x, A, *rest, out_val=None, **kwargs: _flops(
         out_val.shape[1], x.shape[-1] * out_val.shape[0], 0, out_val.shape[2]
     ),
@@ -63,6 +108,8 @@ lora_expand_ = Op(
     reference.lora_expand_,
     mutates=("y",),
     fake=_one_device,
+    cuda_refuses=_cuda_refuses_expand,
+    prefers_cuda=lambda y, *rest: _prefers_cuda(*rest),
     flops=lambda y, v, B, *rest, out_val=None, **kwargs: _flops(v.shape[1], 0, out_features(B), v.shape[2]),
 )
 lora_outer = Op(

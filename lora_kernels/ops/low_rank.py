@@ -31,11 +31,11 @@ from torch.compiler import is_compiling
 from ..plan import BatchPlan, lora_plan_
 from ..reference import low_rank as reference
 from . import _check
-from ._dispatch import Op, extension_error, forced_backend, has_triton, under
+from ._dispatch import Op, extension_error, forced_backend, under
 from ._low_rank import lora_add_, lora_expand_, lora_grads, lora_shrink, out_features
 
 Factors = Tensor | Sequence[Tensor]
-_compiled, _triton = extension_error is None, has_triton("low_rank")
+_compiled, _on_gpu = extension_error is None, lora_add_.has_gpu_kernel()
 
 
 def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
@@ -53,7 +53,7 @@ def _call(op: Op, check: Callable[..., Any], first: Tensor, args: tuple) -> Any:
             except RuntimeError:
                 check(*args)
                 raise
-        if first.is_cuda and _triton and op.repeat(args):
+        if first.is_cuda and _on_gpu and op.repeat(args):
             return None
     check(*args)
     return op(*args)

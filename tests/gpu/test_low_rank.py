@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lora_kernels as lk
-from lora_kernels.ops._dispatch import Op
+from lora_kernels.ops._low_rank import lora_add_, lora_expand_, lora_shrink
+from lora_kernels.plan import lora_plan_
 from lora_kernels.testing import (
     LOW_RANK_DTYPES,
     adapter_count,
@@ -50,12 +51,23 @@ def expected(sample):
     return low_rank_oracle(**a), low_rank_plain(**a), noise
 
 
-def test_triton_is_what_runs():
-    assert {op.op: op.backend for op in lk.info().ops if op.device == "cuda"} == dict.fromkeys(Op.registry, "triton")
+@pytest.fixture(params=("triton", "cuda"))
+def kernels(request):
+    """Each of the kernels a GPU has, forced."""
+    if request.param not in lora_add_.backends():
+        pytest.skip(f"no {request.param} kernels here")
+    with lk.backend(request.param):
+        yield
+
+
+def test_kernels_are_what_runs():
+    ran = {op.op: op.backend for op in lk.info().ops if op.device == "cuda" and op.family == "low_rank"}
+    assert set(ran.values()) <= {"triton", "cuda"}
+    assert ran["lora_grads"] == "triton"
 
 
 @pytest.mark.parametrize("name, sample", SAMPLES)
-def test_bgmv(name, sample):
+def test_bgmv(name, sample, kernels):
     a = make(sample)
     outside = a["y"] if a["y"]._base is None else a["y"]._base
     before = outside.clone()
@@ -68,13 +80,14 @@ def test_bgmv(name, sample):
 
 
 @pytest.mark.parametrize("name, sample", SAMPLES)
-def test_forms_agree(name, sample):
+def test_forms_agree(name, sample, kernels):
     a = make(sample)
     options = {option: a[option] for option in ("scaling", "ranks")}
     ids, want = a["adapter_ids"], lk.bgmv(**a)
     L = adapter_count(a["A"])
     plan = lk.BatchPlan.from_ids(ids, L)
-    cpu_plan = lk.BatchPlan.from_ids(ids.cpu(), L)
+    with lk.backend("cpu"):
+        cpu_plan = lk.BatchPlan.from_ids(ids.cpu(), L)
     size = L + 3 + int(plan.table[2 + L])
     assert torch.equal(plan.table[:size].cpu(), cpu_plan.table[:size])
     got = {"a plan": lk.bgmv(**{**make(sample), "adapter_ids": plan}), "multi_lora": lk.multi_lora(**make(sample))}
@@ -87,7 +100,7 @@ def test_forms_agree(name, sample):
 
 
 @pytest.mark.parametrize("name, sample", [p for p in SAMPLES if "mixture" not in p.values[1].traits])
-def test_halves(name, sample):
+def test_halves(name, sample, kernels):
     a, b = make(sample), sample.make(0)
     v = lk.bgmv_shrink(a["x"], a["A"], a["adapter_ids"], ranks=a["ranks"])
     oracle = shrink_oracle(b["x"], b["A"], b["adapter_ids"], ranks=b["ranks"])
@@ -103,7 +116,7 @@ def test_halves(name, sample):
 
 @pytest.mark.parametrize("name", LOW_RANK_DTYPES)
 @pytest.mark.parametrize("K, N, R", ((63, 31, 3), (4096, 1024, 16), (2500, 577, 40), (14336, 4096, 128)))
-def test_a_row_does_not_feel_its_batch(name, K, N, R):
+def test_a_row_does_not_feel_its_batch(name, K, N, R, kernels):
     dtypes = LOW_RANK_DTYPES[name]
     M, L = 700, 4
     x, y = torch.randn(M, K, device="cuda").to(dtypes.x), torch.randn(M, N, device="cuda").to(dtypes.y)
@@ -190,8 +203,28 @@ def test_slices_of_many_rows(name):
         assert bitwise_equal(got.split(widths, 1)[s].clone(), alone), s
 
 
-def test_repeated_calls():
-    """A call of a kind that was seen before skips what Triton finds out at a launch: other tensors, the same bits."""
+@pytest.mark.parametrize("name, sample", [p for p in SAMPLES if p.values[0] in ("bf16", "fp16")])
+def test_one_launch_has_the_bits_of_two(name, sample):
+    if "cuda" not in lora_add_.backends() or torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the CUDA kernels and a GPU with clusters")
+    with lk.backend("cuda"):
+        want = lk.bgmv(**make(sample))
+        torch.ops.lora_kernels_C.set_clusters(True)
+        try:
+            got = lk.bgmv(**make(sample))
+        finally:
+            torch.ops.lora_kernels_C.set_clusters(False)
+    assert bitwise_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ("triton", "cuda"))
+def test_repeated_calls(name, monkeypatch):
+    """A call of a kind that was seen before skips what its first one found out: other tensors, the same bits."""
+    for op in (lora_add_, lora_shrink, lora_expand_, lora_plan_):
+        if name not in op.backends():
+            pytest.skip(f"no {name} kernels here")
+        monkeypatch.setattr(op, "prefers_cuda", lambda *args: name == "cuda")
+        monkeypatch.setattr(op, "_known", set())
     L, K, N, R = 5, 640, 384, 16
     A, B = torch.randn(L, R, K, device="cuda"), torch.randn(L, N, R, device="cuda")
     store = torch.randn(9 * K + 1, device="cuda")
@@ -207,7 +240,7 @@ def test_repeated_calls():
             torch.testing.assert_close(listed, want)
 
 
-def test_a_captured_graph_serves_other_ids():
+def test_a_captured_graph_serves_other_ids(kernels):
     M, K, N, R, L = 48, 512, 768, 16, 6
     x, A = torch.randn(M, K, device="cuda"), torch.randn(L, R, K, device="cuda")
     B, y = torch.randn(L, N, R, device="cuda"), torch.zeros(M, N, device="cuda")
@@ -230,7 +263,7 @@ def test_a_captured_graph_serves_other_ids():
         assert bitwise_equal(y, lk.bgmv(torch.zeros_like(y), x, A, B, ids))
 
 
-def test_nothing_waits_for_the_host():
+def test_nothing_waits_for_the_host(kernels):
     x, A, B = (torch.randn(s, device="cuda") for s in ((8, 64), (3, 4, 64), (3, 32, 4)))
     y, ids = torch.zeros(8, 32, device="cuda"), torch.tensor([0, 1, 2, -1, 0, 1, 2, 0], device="cuda")
     lk.bgmv(y, x, A, B, ids)
@@ -243,7 +276,15 @@ def test_nothing_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_id_out_of_range_is_no_adapter():
+@pytest.mark.parametrize("check", [c for c in layouts.CHECKS if c.__name__ not in ("packed_gradients", "lists")])
+def test_any_layout_by_cuda(check):
+    if "cuda" not in lora_add_.backends():
+        pytest.skip("no cuda kernels here")
+    with lk.backend("cuda"):
+        check("cuda")
+
+
+def test_an_id_out_of_range_is_no_adapter(kernels):
     x, A, B = (torch.randn(s, device="cuda") for s in ((4, 64), (2, 4, 64), (2, 32, 4)))
     y = torch.ones(4, 32, device="cuda")
     lk.bgmv(y, x, A, B, torch.tensor([0, 2, -5, 1 << 20], device="cuda"))
@@ -255,7 +296,7 @@ def test_an_id_out_of_range_is_no_adapter():
     assert bitwise_equal(y, before)
 
 
-def test_many_adapters():
+def test_many_adapters(kernels):
     M, L = 3000, 2500
     x, A, B = (
         torch.randn(M, 64, device="cuda"),

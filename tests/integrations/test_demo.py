@@ -349,7 +349,7 @@ class TestDevice:
     def test_instruction_set(self, monkeypatch):
         assert measure.instruction_set(torch.device("cpu")).startswith("torch: ")
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
-        monkeypatch.setattr(measure, "has_triton", lambda family: family == "low_rank")
+        monkeypatch.setattr(measure.lora_add_, "backends", lambda: {"reference", "triton"})
         assert measure.instruction_set(torch.device("cuda:1")) == "GPU 1; kernels: triton"
 
     def test_inputs_are_where_the_model_is(self, tiny, monkeypatch):

@@ -138,6 +138,10 @@ CASES = {
     "v: half": (EXPAND, TypeError, "v must be float32", {"v": zeros(1, M, R, dtype=torch.float16)}),
     "v: two slices": (EXPAND, ValueError, r"v must be \[1, M, 4\]", {"v": zeros(2, M, R)}),
     "v: wrong R": (EXPAND, ValueError, r"v must be \[1, M, 4\].*got \[1, 6, 5\]", {"v": zeros(1, M, R + 1)}),
+    "B: a list of several N": (
+        EXPAND, ValueError, r"B\[1\] must be \[24, r\] as B\[0\], got \[25, 4\]",
+        {"v": zeros(1, M, 4), "B": [zeros(24, 4), zeros(25, 4), zeros(24, 4)]},
+    ),
     "v: other rows": (("bgmv_expand",), ValueError, "adapter_ids has 6 entries", {"v": zeros(1, M - 1, R)}),
     "v: a matrix": (EXPAND, ValueError, "v must be", {"v": zeros(M, R)}),
     "y: not a tensor": (HAS_Y, TypeError, "y must be a tensor, got list", {"y": [0.0]}),

@@ -44,7 +44,9 @@ def op_calls(sample):
 
 
 def test_every_op_has_a_call():
-    assert {op.name for op, _ in op_calls(SAMPLES[0])} == set(Op.registry)
+    assert {op.name for op, _ in op_calls(SAMPLES[0])} == {
+        op.name for op in Op.registry.values() if op.family == "low_rank"
+    }
 
 
 @pytest.mark.parametrize("sample", [pytest.param(s, id=f"{i}-{s.name}") for i, s in enumerate(SAMPLES)])

@@ -11,10 +11,12 @@ from lora_kernels.select import (
     BACKENDS,
     Gpu,
     choose,
+    cuda_is_faster,
     expand_grad_tiles,
     expand_tiles,
     makes_v_again,
     outer_tiles,
+    runs_on,
     shrink_tiles,
 )
 
@@ -28,7 +30,8 @@ EVERY = frozenset(BACKENDS)
         ("cpu", {"reference"}, None, "reference"),
         ("cpu", {"reference", "sim"}, None, "reference"),
         ("cpu", {"reference", "triton", "cuda"}, None, "reference"),
-        ("cuda", EVERY, None, "cuda"),
+        ("cuda", EVERY, None, "triton"),
+        ("cuda", {"reference", "cuda"}, None, "cuda"),
         ("cuda", {"reference", "triton"}, None, "triton"),
         ("cuda", {"reference", "cpu"}, None, "reference"),
         ("mps", EVERY, None, "reference"),
@@ -50,6 +53,33 @@ def test_choice(device, available, forced, want):
     assert choice.reason
     if want is None:
         assert repr(forced) in choice.reason
+
+
+def test_cuda_comes_first_where_it_is_faster():
+    assert choose("cuda", EVERY, cuda_first=True).backend == "cuda"
+    assert choose("cuda", frozenset({"triton"}), cuda_first=True).backend == "triton"
+    assert choose("cpu", EVERY, cuda_first=True).backend == "cpu"
+    faster = Gpu((9, 0), cuda=True)
+    assert [cuda_is_faster(d, faster) for d in (torch.bfloat16, torch.float16, torch.float32)] == [True, False, False]
+    assert not cuda_is_faster(torch.bfloat16, Gpu((9, 0)))
+
+
+@pytest.mark.parametrize(
+    "capability, architectures, runs",
+    (
+        ((9, 0), ("sm_90",), True),
+        ((8, 6), ("sm_80", "sm_90"), True),
+        ((8, 0), ("sm_86",), False),
+        ((8, 0), ("sm_90",), False),
+        ((7, 5), ("sm_80", "compute_100"), False),
+        ((12, 0), ("sm_80", "compute_100"), True),
+        ((12, 0), ("sm_100a",), False),
+        ((10, 0), ("sm_100a",), True),
+        ((9, 0), (), False),
+    ),
+)
+def test_what_a_gpu_runs(capability, architectures, runs):
+    assert runs_on(capability, architectures) == runs
 
 
 def test_reasons_tell_the_cases_apart():
