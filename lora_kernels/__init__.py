@@ -6,6 +6,7 @@
     lk.bgmv(y, x, A, B, adapter_ids)                       # many adapters over the rows of one batch, in place
     lk.multi_lora(x, A, B, adapter_ids)                    # the same, differentiable
     lk.lora_linear(x, weight, A, B, scaling=2.0)           # a frozen linear layer with one adapter
+    lk.wht(x)                                              # the Walsh-Hadamard transform of each row
 
 Names are imported when first used; importing the package has no side effects.
 """
@@ -20,6 +21,7 @@ from ._version import __version__
 _HOME = {
     "ops.low_rank": ("bgmv", "sgmv", "bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand", "multi_lora"),
     "ops.lora_linear": ("lora_linear",),
+    "ops.transforms": ("wht",),
     "ops._dispatch": ("backend",),
     "plan": ("BatchPlan",),
     "integrations.peft": ("patch",),
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         sgmv_expand,
         sgmv_shrink,
     )
+    from .ops.transforms import wht
     from .plan import BatchPlan
 
 

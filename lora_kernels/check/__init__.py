@@ -24,8 +24,9 @@ from ..select import BACKENDS, choose
 from ..testing import assert_within_rule, poison, rms, threads
 from .calls import Call
 from .low_rank import LOW_RANK
+from .transforms import TRANSFORMS
 
-FAMILIES = {"low_rank": LOW_RANK}
+FAMILIES = {"low_rank": LOW_RANK, "transforms": TRANSFORMS}
 
 
 class Target(NamedTuple):

@@ -20,11 +20,13 @@ from .low_rank import (
 )
 from .numerics import Sample, assert_within_rule, bitwise_equal, poison, rms, threads
 from .timing import ratio, take_turns
+from .transforms import TRANSFORM_DTYPES, wht_noise, wht_oracle, wht_plain, wht_samples
 
 __all__ = [
     "LOW_RANK_DTYPES",
     "Dtypes",
     "Sample",
+    "TRANSFORM_DTYPES",
     "adapter_count",
     "as_segments",
     "assert_within_rule",
@@ -40,4 +42,8 @@ __all__ = [
     "shrink_oracle",
     "take_turns",
     "threads",
+    "wht_noise",
+    "wht_oracle",
+    "wht_plain",
+    "wht_samples",
 ]

@@ -234,9 +234,9 @@ def _laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype, generator
 
 def _copy_into(values: Tensor, layout: str) -> Tensor:
     """The values in a tensor of some strides, a view of a larger one that is NaN elsewhere."""
-    *lead, rows, width = values.shape
     if layout == "dense":
         return values
+    *lead, rows, width = values.shape
     if layout == "expanded":
         return values[:1].expand(values.shape)
     if layout == "transposed":

@@ -1,0 +1,56 @@
+"""The registered ops of ``transforms``: schemas, fakes, FLOPs, what the CUDA kernels refuse."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from ..reference import transforms as reference
+from ._dispatch import Op
+from ._low_rank import _one_device
+
+LARGEST_BASE = 1024  # that the CUDA kernel takes: its outputs are held by one block
+
+
+def _flops_of_hadamard(x, signs, orders, scale, transpose, *, out_val=None):
+    """K - 1 additions an element for a base of order K, one for each factor of two, one product."""
+    power = x.shape[-1] // math.prod(orders)
+    return x.numel() * (sum(orders) - len(orders) + int(math.log2(power)) + 1)
+
+
+def _fake_hadamard(x, signs, orders, scale, transpose):
+    _one_device(x, signs)
+    return x.new_empty(x.shape)
+
+
+def _hadamard_refusal(x, signs, orders, scale, transpose) -> str | None:
+    """Why the CUDA kernel can't take a call: it holds a row in a block's shared memory, in pairs of numbers."""
+    N = x.shape[-1]
+    if x.dtype == torch.float64:
+        return "float64"
+    power = N // math.prod(orders)
+    if any(order > 2 and order & (order - 1) == 0 for order in orders):
+        return "base whose order is a power of two"
+    if power % 2:
+        return f"row of {N} numbers, an odd multiple of its bases' orders"
+    if max(orders, default=1) > LARGEST_BASE:
+        return f"base of order {max(orders)}, more than {LARGEST_BASE}"
+    padding = 16 if power >= 32 else power // 2 if power >= 8 else N
+    if _shared_memory(x.device) < 4 * (N + N // padding):
+        return f"row of {N} numbers, which outgrows a block's shared memory"
+    return None
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes a block may have; those of an H100 where there is no GPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin
+
+
+hadamard = Op(reference.hadamard, fake=_fake_hadamard, flops=_flops_of_hadamard, cuda_refuses=_hadamard_refusal)
