@@ -17,7 +17,7 @@ import torch
 from . import ops
 from ._version import __version__
 from .collect_env import cpu_name
-from .ops._dispatch import Op, extension_error, forced_backend
+from .ops._dispatch import Op, cuda_architectures, extension_error, forced_backend, gpu
 from .select import BACKENDS, choose
 
 
@@ -54,6 +54,8 @@ class Info:
         extension_error: why the compiled kernels are missing; None where they are loaded.
         instruction_sets: of the CPU, that the compiled kernels can use here, the best last.
         instruction_set: the one they use; None without them.
+        cuda_architectures: what the CUDA kernels are compiled for: ``sm_90``, ``compute_100`` for PTX, which the driver
+            compiles for newer GPUs, ...; empty without them.
         forced: the backend forced now, or None.
         ops: every op on every device.
     """
@@ -65,6 +67,7 @@ class Info:
     extension_error: str | None
     instruction_sets: tuple[str, ...]
     instruction_set: str | None
+    cuda_architectures: tuple[str, ...]
     forced: str | None
     ops: tuple[OpInfo, ...]
 
@@ -75,10 +78,11 @@ class Info:
     def __str__(self) -> str:
         if self.extension_error is None:
             compiled = f"{', '.join(self.instruction_sets)}; using {self.instruction_set}"
+            cuda = ", ".join(self.cuda_architectures) or "none: built without CUDA"
         else:
-            compiled = f"none: {self.extension_error}"
+            compiled = cuda = f"none: {self.extension_error}"
         head = [("lora_kernels", self.version), ("torch", f"{self.torch}, {self.threads} threads")]
-        head += [("CPU kernels", compiled), ("forced backend", self.forced or "none")]
+        head += [("CPU kernels", compiled), ("CUDA kernels", cuda), ("forced backend", self.forced or "none")]
         head += [(f"device {kind}", name) for kind, name in self.devices.items()]
         return "\n".join(
             [*columns(head), "", *columns([("device", "family", "op", "runs on"), *self._rows()]), *self._why()]
@@ -115,6 +119,7 @@ def info() -> Info:
         extension_error=extension_error,
         instruction_sets=tuple(compiled.isas()) if compiled else (),
         instruction_set=compiled.get_isa() if compiled else None,
+        cuda_architectures=cuda_architectures() if compiled else (),
         forced=forced_backend(),
         ops=tuple(_op_info(op, device) for device in devices() for op in all_ops()),
     )
@@ -145,7 +150,8 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _op_info(op: Op, device: str) -> OpInfo:
     available = op.backends()
-    choice = choose(device, available, forced_backend())
+    cuda_first = device == "cuda" and torch.cuda.is_available() and gpu(torch.device("cuda")).cuda
+    choice = choose(device, available, forced_backend(), cuda_first=cuda_first)
     others = {name: _why_not(name, device, available) for name in BACKENDS if name != choice.backend}
     return OpInfo(op.family, op.name, device, choice.backend, choice.reason, others)
 

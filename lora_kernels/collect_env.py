@@ -153,7 +153,8 @@ def _extension() -> dict[str, Any]:
     import torch
 
     ops = torch.ops.lora_kernels_C
-    return {"loaded": True, "instruction sets": list(ops.isas()), "in use": ops.get_isa()}
+    isas = {"instruction sets": list(ops.isas()), "in use": ops.get_isa()}
+    return {"loaded": True, **isas, "cuda architectures": list(_dispatch.cuda_architectures())}
 
 
 def _system() -> str:

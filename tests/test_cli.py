@@ -220,6 +220,7 @@ def test_collect_env():
     assert found["extension"]["loaded"] == (_dispatch.extension_error is None)
     if found["extension"]["loaded"]:
         assert found["extension"]["instruction sets"] == torch.ops.lora_kernels_C.isas()
+        assert found["extension"]["cuda architectures"] == [*_dispatch.cuda_architectures()]
     assert found["environment"]["LORA_KERNELS_CACHE"] == "<a path>"
     assert found["packages"]["sglang"] is None or isinstance(found["packages"]["sglang"], str)
     for private in (platform.node(), str(Path.home()), str(ROOT)):

@@ -8,6 +8,7 @@ from skipping import skipped
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+CUDA = ("test_cuda.py", "test_nvcc.py")
 not_compiled = None  # why, where Triton's kernels cannot be compiled in this process
 
 
@@ -27,7 +28,14 @@ def pytest_configure(config):
 
 
 def pytest_pycollect_makemodule(module_path, parent):
-    return skipped(not_compiled, module_path, parent)
+    return skipped(no_cuda() if module_path.name in CUDA else not_compiled, module_path, parent)
+
+
+def no_cuda():
+    """Why CUDA sources cannot be compiled here, or None."""
+    if importlib.util.find_spec("setuptools") is None:
+        return "needs setuptools, whose setup.py says how they are compiled"
+    return importlib.import_module("nvcc").missing()
 
 
 @pytest.fixture(scope="session", autouse=True)

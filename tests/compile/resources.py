@@ -1,16 +1,14 @@
-"""What a compiled kernel takes of its GPU, read from the machine code."""
+"""What a kernel compiled by Triton takes of its GPU, read from the machine code."""
 
 import ast
 import functools
 import re
-import subprocess
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import triton
+import sass
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TENSOR_MEMORY = 512  # columns of a block
 KEPT = 8  # bytes of stack: ptxas itself leaves a loop's constant in memory where that lets one more block in
 
@@ -59,28 +57,19 @@ def faults(kernel, found, target, wide=()):
 def _nvidia(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", "--print-line-info", "--no-dataflow", file.name)
-    number = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    place, bits, matrix, spills = None, {}, set(), 0
-    for line in code.splitlines():
-        if at := re.search(r'//## File "(.+)", line (\d+)', line):
-            place = at[1], int(at[2])
-        elif instruction := re.search(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+ )?([A-Z]\w*)([.\w]*)", line):
-            opcode, modifiers = instruction.groups()
-            if opcode in ("LDG", "LDGSTS", "STG"):
-                width = re.search(r"\.[US]?(8|16|64|128|256)(?![0-9A-Z])", modifiers)
-                _narrow(bits, place, int(width[1]) if width else 32)
-            elif opcode.endswith("MMA"):
-                matrix.add(opcode)
-            spills += opcode in ("LDL", "STL")
+        (usage,) = sass.usage(file.name).values()
+        code = list(sass.instructions(file.name))
+    bits = {}
+    for _, place, opcode, modifiers in code:
+        if opcode in ("LDG", "LDGSTS", "STG"):
+            _narrow(bits, place, sass.bits(modifiers))
     return Resources(
-        registers=int(number["REG"]),
+        registers=usage["REG"],
         shared=kernel.metadata.shared,
-        stack=int(number["STACK"]),
-        spills=spills,
+        stack=usage["STACK"],
+        spills=sum(opcode in ("LDL", "STL") for _, _, opcode, _ in code),
         tensor_memory=getattr(kernel.metadata, "tmem_size", 0) or 0,
-        matrix=" ".join(sorted(matrix)),
+        matrix=" ".join(sorted({opcode for _, _, opcode, _ in code if opcode.endswith("MMA")})),
         bits=dict(sorted(bits.items())),
     )
 
@@ -105,10 +94,6 @@ def _amd(kernel):
         matrix=" ".join(sorted(set(re.findall(r"v_mfma_\w+", code)))),
         bits=dict(sorted(bits.items())),
     )
-
-
-def _run(tool, *args):
-    return subprocess.run([TOOLS / tool, *args], check=True, capture_output=True, text=True).stdout
 
 
 def _narrow(bits, place, width):

@@ -4,26 +4,31 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import triton
-
 HERE = Path(__file__).parent
 UPDATE = "if this is meant, run `make snapshot` and commit what it writes"
 
 
 class Snapshot:
-    """``<family>.json``: Triton's version and, for each architecture, the resources of each kernel by its name."""
+    """``<family>.json``: a compiler and, for each architecture, the resources of each kernel by its name.
 
-    def __init__(self, family, folder=HERE):
-        self.path = folder / f"{family}.json"
+    ``compiler``: the one of now, with its version; ``written_with``: the file's.
+    """
+
+    def __init__(self, family, compiler, folder=HERE):
+        self.path, self.compiler = folder / f"{family}.json", compiler
         self.kernels = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.triton = self.kernels.pop("triton", None)
+        self.written_with = self.kernels.pop("compiler", compiler)
+
+    @property
+    def comparable(self):
+        return self.written_with == self.compiler
 
     def update(self, target, kernels):
-        """Resources under another Triton would be compared with nothing, so they go."""
-        if self.triton != triton.__version__:
-            self.triton, self.kernels = triton.__version__, {}
+        """Resources under another compiler would be compared with nothing, so they go."""
+        if not self.comparable:
+            self.written_with, self.kernels = self.compiler, {}
         self.kernels[target] = _plain(kernels)
-        parts = [f'"triton": {json.dumps(self.triton)}']
+        parts = [f'"compiler": {json.dumps(self.compiler)}']
         for name in sorted(self.kernels):
             lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in self.kernels[name].items()]
             parts.append(f'"{name}": {{\n' + ",\n".join(lines) + "\n}")

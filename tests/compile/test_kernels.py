@@ -18,6 +18,7 @@ from snapshot import Snapshot
 from lora_kernels import select
 
 FAMILIES = ("low_rank",)
+COMPILER = f"Triton {triton.__version__}"
 
 
 @dataclass
@@ -92,7 +93,7 @@ def spied():
 
 def test_limits(family, compiled, target):
     """Widths under the snapshot's Triton only: 3.9 counts the lines of its inline assembly, so no load has a name."""
-    pinned = Snapshot(family.__name__).triton == triton.__version__
+    pinned = Snapshot(family.__name__, COMPILER).comparable
     wrong = {}
     for name, (kernel, aligned, found) in compiled.kernels.items():
         wide = family.WIDE.get(kernel.name, ()) if aligned and pinned else ()
@@ -107,11 +108,11 @@ def test_limits(family, compiled, target):
 
 
 def test_snapshot(family, compiled, target, request):
-    snapshot = Snapshot(family.__name__)
+    snapshot = Snapshot(family.__name__, COMPILER)
     if request.config.getoption("--update-snapshot", False):
         snapshot.update(target.name, compiled.resources)
-    elif snapshot.triton != triton.__version__:
-        pytest.skip(f"the snapshot is of Triton {snapshot.triton}, this is {triton.__version__}")
+    elif not snapshot.comparable:
+        pytest.skip(f"the snapshot is of {snapshot.written_with}, this is {COMPILER}")
     fail_of(target, snapshot.differences(target.name, compiled.resources))
 
 

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 import venv
@@ -49,9 +50,9 @@ def run(tmp_path):
     return run
 
 
-def pip(*arguments, build="none", python=sys.executable):
+def pip(*arguments, build="none", python=sys.executable, **env):
     command = [sys.executable, "-m", "pip", "--python", python, *arguments]
-    env = {**os.environ, "LORA_KERNELS_BUILD": build}
+    env = {**os.environ, "LORA_KERNELS_BUILD": build, **env}
     done = subprocess.run([*command, "--no-deps", "--no-index"], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -70,12 +71,13 @@ def install():
 def build_wheel(tmp_path_factory):
     """Builds a source into a wheel; the checkout's own objects are used again, its build/lib is not."""
 
-    def build_wheel(source, build):
+    def build_wheel(source, build, **env):
         out, staging = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("staging")
         pip(
             *("wheel", "--no-build-isolation", "--wheel-dir", out, source),
             f"--config-settings=--global-option=build --build-lib='{staging}'",
             build=build,
+            **env,
         )
         (wheel,) = out.glob("*.whl")
         return wheel
@@ -86,6 +88,19 @@ def build_wheel(tmp_path_factory):
 @pytest.fixture(scope="session")
 def wheel(build_wheel):
     return build_wheel(ROOT, "cpu")
+
+
+@pytest.fixture(scope="session")
+def cuda_wheel(build_wheel):
+    """For one architecture, since each takes its time."""
+    if runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]() is None:
+        pytest.skip("needs nvcc: set CUDA_HOME")
+    return build_wheel(ROOT, "cuda", TORCH_CUDA_ARCH_LIST="9.0")
+
+
+@pytest.fixture(scope="session", params=["wheel", "cuda_wheel"])
+def binary_wheel(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
