@@ -8,6 +8,7 @@ import torch
 from compare import OURS, check
 
 import lora_kernels as lk
+from lora_kernels.ops._low_rank import lora_add_
 
 Call = Callable[[int], None]  # the adapters' part of a layer, added to its y
 
@@ -83,6 +84,15 @@ class Case:
     def ours(self, i: int) -> None:
         lk.bgmv(self.y[i], self.x, self.A[i], self.B[i], self.plan, ranks=self.ranks)
 
+    def by(self, kernels: str, i: int) -> None:
+        with lk.backend(kernels):
+            self.ours(i)
+
+    def by_clusters(self, i: int) -> None:
+        torch.ops.lora_kernels_C.set_clusters(True)
+        self.by("cuda", i)
+        torch.ops.lora_kernels_C.set_clusters(False)
+
     def addmm(self, i: int) -> None:
         """A loop over the adapters, whose rows are contiguous, ordered by hand and in place."""
         column = 0
@@ -124,6 +134,10 @@ class Case:
     def providers(self) -> dict[str, Call]:
         """Those that this case suits."""
         found = {OURS: self.ours}
+        for name in sorted(lora_add_.backends() & {"cuda", "triton"} if self.x.is_cuda else ()):
+            found[f"{OURS}: {name}"] = lambda i, name=name: self.by(name, i)
+        if f"{OURS}: cuda" in found and torch.cuda.get_device_capability() >= (9, 0):
+            found[f"{OURS}: cuda, clusters"] = self.by_clusters
         if self.adapters <= 8:
             found["addmm loop"], found["torch loop"] = self.addmm, self.loop
         if self.ranks is None:

@@ -8,7 +8,7 @@ the time of the adapters' part of a layer; ``exposed_us`` is what it adds to the
 the bytes that must be moved at the measured read bandwidth: the factors of the adapters in use once, x once and y twice
 where they exceed a quarter of the cache. FOLDER has other projects' kernels (``peers.py``). Cases that S seconds do not
 suffice for are left out and counted. ``plans`` has the time of grouping a step's rows, in a captured graph too,
-``training`` that of a forward and a backward pass as Python launches them.
+``training`` that of a forward and a backward pass as Python launches them, ``host`` that of Python for one call.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from compare import OURS, check
@@ -30,9 +32,11 @@ from peers import Peer, load, reason
 
 import lora_kernels as lk
 from lora_kernels.ops._dispatch import has_triton
+from lora_kernels.ops._low_rank import lora_add_
 
 REPLAYS = 20
 PLANS = [(1, 1), (64, 8), (64, 64), (256, 64), (2048, 8), (8192, 8)]  # rows, adapters
+HOST_CALLS = 100  # fewer than a GPU's queue has room for
 TRAINING = [("o", 2048, 8, 16), ("gate_up", 8192, 8, 16)]
 
 
@@ -134,6 +138,35 @@ def training(site: str, rows: int, adapters: int, rank: int, device: str) -> dic
     return {"site": site, "rows": rows, "adapters": adapters, "rank": rank, "us": times(steps)}
 
 
+@torch.no_grad()
+def host(rows: int, adapters: int, device: str) -> dict:
+    """What a call takes of Python, with each of our kernels: the calls are queued faster than they run."""
+    case = Case("o", rows, adapters, 16, device, 1)
+    took = {}
+    for name in sorted(lora_add_.backends() & {"cuda", "triton"}) if device == "cuda" else ["cpu"]:
+        with preferring(name):
+            case.ours(0)
+            rounds = []
+            for _ in range(REPLAYS):
+                start = time.perf_counter()
+                for _ in range(HOST_CALLS):
+                    case.ours(0)
+                rounds.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+        took[name] = statistics.median(rounds)
+    return {"rows": rows, "adapters": adapters, "us": took}
+
+
+@contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """Calls as users make them, unforced, with these kernels."""
+    with patch.object(lora_add_, "prefers_cuda", lambda *args: name == "cuda"):
+        lora_add_.forget()
+        yield
+    lora_add_.forget()
+
+
 def roofs() -> dict[str, float]:
     """Bytes a second of a read and of a copy, bf16 operations a second of a large matmul."""
     if not torch.cuda.is_available():
@@ -191,7 +224,7 @@ def main() -> None:
         print(f"{name} is not timed: {why}", flush=True)
     result = {"machine_info": machine(), "datetime": str(datetime.now(timezone.utc)), "replays": REPLAYS,
               "roofs": roofs(), "missing_peers": missing, "left_out": len(todo),
-              "cases": [], "plans": [], "training": []}  # fmt: skip
+              "cases": [], "plans": [], "training": [], "host": []}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
 
     def keep(where: str, row: dict) -> None:
@@ -208,6 +241,7 @@ def main() -> None:
         keep("cases", measure(Case(*which, device, layers), result["roofs"]["read"], peers))
     for batch in PLANS:
         keep("plans", plan(*batch, device))
+    keep("host", host(8, 8, device))
     for which in TRAINING:
         site, rows, *rest = which
         keep("training", training(site, min(rows, 64) if options.dry_run else rows, *rest, device))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command of under 9 minutes, with no network:
-#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|tune|bench] [--dry-run]
+#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|transforms|tune|bench] [--dry-run]
 # A stage ends at its limit, the benchmarks at the end of the 9 minutes. OUT gets a log of each stage and
-# gpu_low_rank.json, which belongs in benchmarks/results/<the device it names>/, and <device>.json, which belongs in
-# kernels/configs/. A stage that OUT/done lists is not run again: delete it to start over.
+# gpu_low_rank.json and gpu_transforms.json, which belong in benchmarks/results/<the device they name>/, and
+# <device>.json, which belongs in kernels/configs/. A stage that OUT/done lists is not run again: delete it to start over.
 # --dry-run takes the same path on the CPU with tiny shapes. PYTHON names an interpreter with torch, Triton and pytest,
 # LORA_KERNELS_PEERS a folder of other projects' kernels to time beside ours (benchmarks/peers.py).
 set -uo pipefail
@@ -61,7 +61,14 @@ stage() { # NAME SECONDS COMMAND...
 
 # Several processes compile several kernels at a time.
 workers=$([ -z "$DRY" ] && "$PYTHON" -c "import xdist" 2>/dev/null && echo "-n 12")
-stage build 80 env LORA_KERNELS_BUILD=cpu "$PYTHON" setup.py -q build_ext --inplace
+build=cpu architecture=
+if [ -z "$DRY" ] && { command -v nvcc || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; } >/dev/null; then
+  build=cuda
+  architecture=$("$PYTHON" -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())")
+elif [ -z "$ONLY$DRY" ]; then
+  echo "build: without CUDA's kernels, no nvcc in PATH or CUDA_HOME"
+fi
+stage build 120 env LORA_KERNELS_BUILD=$build TORCH_CUDA_ARCH_LIST=$architecture "$PYTHON" setup.py -q build_ext --inplace
 stage tests 240 "$PYTHON" -m pytest tests/gpu -q --tb=short -p no:cacheprovider $workers
 for tool in memcheck racecheck; do
   if [ -z "$DRY" ] && command -v compute-sanitizer >/dev/null; then
@@ -70,6 +77,7 @@ for tool in memcheck racecheck; do
     echo "$tool: not run, no compute-sanitizer in PATH"
   fi
 done
+stage transforms 40 "$PYTHON" benchmarks/gpu_transforms.py --out "$OUT" --seconds 30 $DRY
 stage tune 45 "$PYTHON" benchmarks/tune.py --out "$OUT" $DRY
 left=$((WHOLE - SECONDS))
 stage bench $left "$PYTHON" benchmarks/gpu_low_rank.py --out "$OUT" --seconds $((left - 30)) \

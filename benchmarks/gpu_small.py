@@ -1,8 +1,9 @@
-"""Small calls that launch every ``low_rank`` kernel, to be run under compute-sanitizer."""
+"""Small calls that launch every kernel, to be run under compute-sanitizer."""
 
 import torch
 
 import lora_kernels as lk
+from lora_kernels.ops._low_rank import lora_add_
 
 for dtype in (torch.bfloat16, torch.float32):
     for M in (5, 300):
@@ -23,4 +24,19 @@ for dtype in (torch.bfloat16, torch.float32):
                 lk.bgmv(y, x, A, B, plan)
                 lk.bgmv(y, x, make(3, 18, 100), B, plan, ranks=ranks)  # packed
                 plan.update_(ids.flip(0), order=torch.arange(M, device="cuda").flip(0))
+        if "cuda" not in lora_add_.backends():
+            continue
+        with torch.no_grad(), lk.backend("cuda"):
+            lk.bgmv(y, x, A, B, ids, ranks=ranks)
+            lk.bgmv(y, x, make(3, 18, 100), B, plan, ranks=ranks)
+            lk.bgmv(y[:, :70], x, *listed, ids)
+            lk.bgmv(y[:, :70], x, A[0], B[0], pairs, weights=weights)
+            torch.ops.lora_kernels_C.set_clusters(True)
+            lk.bgmv(y, x, A, B, ids, ranks=ranks)
+            torch.ops.lora_kernels_C.set_clusters(False)
+            lk.bgmv(y[:, :64], make(M, 4608), make(3, 16, 4608), make(3, 64, 16), ids)
+    for length in (96, 256, 344, 640, 5376):
+        for transpose in (False, True):
+            lk.wht(torch.randn(5, length + 1, device="cuda", dtype=dtype)[:, 1:], transpose=transpose)
+            lk.wht(torch.randn(3, length, device="cuda", dtype=dtype), transpose=transpose)
 torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from gpu_case import SITES, Case
+from gpu_case import DECODE, PREFILL, SITES, Case
 from gpu_low_rank import captured, times
 from lora_kernels.kernels.configs import slug
 
@@ -29,6 +30,7 @@ LEAST = 0.99  # of the time now: what is faster by less stays as it is
 SITES |= {f"{K}": (K, (K,)) for K in (512, 1024, 2048)}
 # Each setting: the values to try, of which the first is the default, and the batches (site, rows, adapters, rank).
 PROGRAMS = (512, 256, 1024, 2048), [("o", 512, 1, 16), ("o", 2048, 8, 16), ("gate_up", 2048, 8, 64)]
+FORWARD = [("o", *batch, 16) for batch in (*DECODE, *PREFILL)] + [("gate_up", 64, 8, 16), ("gate_up", 2048, 8, 16)]
 SMALL = [(str(K), 8, 8, rank) for K in (512, 1024, 2048) for rank in (8, 16)] + [("o", 8, 8, 8), ("o", 8, 8, 16)]
 
 
@@ -59,8 +61,9 @@ def seconds(which: tuple, setting: str, values: tuple[int, ...], dry: bool) -> l
     right, replays = case.checker(), {}
     for value in values:
         with set_to(**{setting: value}):
-            right(str(value), case.ours)
-            replays[str(value)] = captured([lambda i=i: case.ours(i) for i in range(case.layers)])
+            call = case.ours if dry else functools.partial(case.by, "triton")
+            right(str(value), call)
+            replays[str(value)] = captured([functools.partial(call, i) for i in range(case.layers)])
     return list(times(replays).values())
 
 
@@ -92,13 +95,31 @@ def recompute(dry: bool) -> int:
     return most
 
 
+def cuda(dry: bool) -> bool:
+    """Whether the CUDA kernels beat Triton's over the batches of a server, in the geometric mean."""
+    if not {"cuda", "triton"} <= lora_add_.backends() or dry:
+        return False
+    ratios = []
+    for which in FORWARD:
+        case = Case(*which, "cuda", 12 if which[1] <= 256 else 4)
+        right, replays = case.checker(), {}
+        for name in ("triton", "cuda"):
+            call = functools.partial(case.by, name)
+            right(name, call)
+            replays[name] = captured([functools.partial(call, i) for i in range(case.layers)])
+        took = times(replays)
+        print(*which, *(f"{name}: {t:.2f}" for name, t in took.items()), flush=True)
+        ratios.append(math.log(took["cuda"] / took["triton"]))
+    return sum(ratios) / len(ratios) < math.log(LEAST)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="one small batch each on the CPU: the path, no times")
     options = parser.parse_args()
     with torch.no_grad():
-        found = {"programs": programs(options.dry_run), "recompute": recompute(options.dry_run)}
+        found = {search.__name__: search(options.dry_run) for search in (programs, recompute, cuda)}
     name = "none" if options.dry_run else slug(torch.cuda.get_device_name())
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")

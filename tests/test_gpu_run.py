@@ -22,7 +22,7 @@ def gpu_run(out, *arguments, **variables):
 
 
 def test_dry_run_measures_every_kind_of_case(tmp_path):
-    for stage in ("tests", "tune", "bench"):
+    for stage in ("tests", "transforms", "tune", "bench"):
         done = gpu_run(tmp_path, "--dry-run", "--only", stage, LORA_KERNELS_PEERS=tmp_path / "nothing")
         assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_low_rank.json").read_text())
@@ -31,6 +31,9 @@ def test_dry_run_measures_every_kind_of_case(tmp_path):
     assert found["plans"]
     assert {name for case in found["training"] for name in case["us"]} == {"lora_kernels", "torch loop"}
     assert found["left_out"] == 0
+    assert found["host"]
+    transforms = json.loads((tmp_path / "gpu_transforms.json").read_text())
+    assert {row["dtype"] for row in transforms["wht"]} == {"bfloat16", "float32"}
     for name, why in found["missing_peers"].items():
         assert f"{name} is not timed: {why}" in (tmp_path / "bench.log").read_text()
     assert set(found["missing_peers"]) == {"vLLM", "SGLang csgmv"}
@@ -66,6 +69,26 @@ def test_a_stage_ends_at_its_limit_with_all_it_started(tmp_path):
     # Whoever adopts it need not have reaped it yet.
     child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_it_builds_for_the_gpu_there(tmp_path):
+    """Whatever the environment says; a dry run builds for the CPU."""
+    python = tmp_path / "python"
+    python.write_text(
+        """#!/bin/bash
+[[ $2 == *get_device_capability* ]] && echo 9.0
+[ $1 = setup.py ] && echo "$LORA_KERNELS_BUILD for '$TORCH_CUDA_ARCH_LIST'"
+exit 0
+"""
+    )
+    (tmp_path / "nvcc").touch()
+    for file in ("python", "nvcc"):
+        (tmp_path / file).chmod(0o755)
+    variables = {"PYTHON": python, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TORCH_CUDA_ARCH_LIST": "8.0 8.6"}
+    for arguments, want in (((), "cuda for '9.0'\n"), (("--dry-run",), "cpu for ''\n")):
+        done = gpu_run(tmp_path / "out", *arguments, "--only", "build", **variables)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (tmp_path / "out/build.log").read_text() == want
 
 
 def test_what_cannot_run_is_no_success(tmp_path):
