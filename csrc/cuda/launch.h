@@ -28,6 +28,8 @@ public:
     return value;
   }
 
+  int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
   // kernel<<<grid, block, shared>>>(args...) with `shared` bytes of dynamic shared memory, also more than the default.
   template <class... P, class... A>
   void launch(dim3 grid, dim3 block, size_t shared, void (*kernel)(P...), A... args) const {
@@ -64,8 +66,7 @@ private:
   void ask_for_shared(Kernel* kernel, size_t shared) const {
     constexpr size_t kWithoutAsking = 48 << 10;
     if (shared > kWithoutAsking)  // for all a block may have, so that threads agree on it
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)));
+      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit()));
   }
 
   int32_t device_;

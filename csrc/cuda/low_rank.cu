@@ -1,70 +1,15 @@
 // The `low_rank` ops on GPUs: torch's tensors to the launch code and back.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <atomic>
-#include <optional>
 #include <vector>
 
 #include "launch.h"
 #include "lora_kernels/low_rank_launch.h"
+#include "tensors.h"
 
 namespace lora_kernels {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return Element::f32;
-    case ScalarType::BFloat16:
-      return Element::bf16;
-    case ScalarType::Half:
-      return Element::f16;
-    case ScalarType::Int:
-      return Element::i32;
-    case ScalarType::Long:
-      return Element::i64;
-    default:
-      throw std::invalid_argument("unsupported dtype");
-  }
-}
-
-Array array_of(const Tensor& t) {
-  Array array;
-  array.data = t.data_ptr();
-  array.type = element_of(t.scalar_type());
-  array.dims = int(t.dim());
-  require(array.dims <= Array::kMostDims, "more dimensions than a kernel takes");
-  for (int d = 0; d < array.dims; ++d) array.sizes[d] = t.size(d), array.strides[d] = t.stride(d);
-  return array;
-}
-
-std::vector<Array> arrays_of(const std::vector<Tensor>& tensors) {
-  std::vector<Array> arrays;
-  for (const Tensor& t : tensors) arrays.push_back(array_of(t));
-  return arrays;
-}
-
-OptionalArray optional_of(const OptionalTensor& t) { return t ? OptionalArray(array_of(*t)) : OptionalArray(); }
-
-// A tensor as rows of one stride: as it lies, or a copy.
-struct Rows {
-  std::optional<Tensor> copy;
-  Matrix matrix;
-
-  explicit Rows(const Tensor& t) {
-    if (as_matrix(array_of(t), matrix)) return;
-    copy = torch::stable::contiguous(t);
-    matrix = rows_of(array_of(*copy));
-  }
-  void copy_back(Tensor to) {
-    if (copy) torch::stable::copy_(to, *copy);
-  }
-};
 
 // Whether lora_add_ may take one launch with clusters instead of two; not measured yet, so it is for those who ask.
 std::atomic<bool> clusters_wanted{false};
@@ -77,7 +22,6 @@ public:
   explicit Gpu(const Tensor& like) : Stream(like), like_(like) {}
 
   int processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-  int shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
   bool clusters() const { return clusters_wanted && attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
   float* floats(int64_t count) {
     memory_.push_back(torch::stable::new_empty(like_, {count}, ScalarType::Float));

@@ -14,7 +14,7 @@ inline bool clusters_wanted = false;
 class HostDevice {
 public:
   int processors() const { return 4; }
-  int shared_limit() const { return 163 << 10; }
+  int shared_limit() const { return 227 << 10; }
   bool clusters() const { return clusters_wanted; }
 
   template <class... P, class... A>

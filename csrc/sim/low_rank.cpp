@@ -8,23 +8,6 @@ namespace {
 
 using Object = const py::object&;
 
-// A tensor as rows of one stride: as it lies, or a copy.
-struct Rows {
-  py::object tensor;
-  Matrix matrix;
-  bool copied = false;
-
-  explicit Rows(Object t) : tensor(t) {
-    if (as_matrix(array_of(tensor), matrix)) return;
-    copied = true;
-    tensor = t.attr("contiguous")();
-    matrix = rows_of(array_of(tensor));
-  }
-  void copy_back(Object to) {
-    if (copied) to.attr("copy_")(tensor);
-  }
-};
-
 void lora_plan(Object table, Object ids, Object indptr, int adapters, Object order) {
   HostDevice device;
   OptionalArray bounds = optional_of(indptr), of = optional_of(order);

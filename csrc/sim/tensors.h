@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "lora_kernels/array.h"
-#include "numbers.h"
 
 namespace lora_kernels {
 
@@ -15,6 +14,23 @@ namespace py = pybind11;
 // Borrowed: the tensor outlives it.
 Array array_of(py::handle tensor);
 std::vector<Array> arrays_of(py::handle tensors);
+
+// A tensor as rows of one stride: as it lies, or a copy.
+struct Rows {
+  py::object tensor;
+  Matrix matrix;
+  bool copied = false;
+
+  explicit Rows(const py::object& t) : tensor(t) {
+    if (as_matrix(array_of(tensor), matrix)) return;
+    copied = true;
+    tensor = t.attr("contiguous")();
+    matrix = rows_of(array_of(tensor));
+  }
+  void copy_back(const py::object& to) {
+    if (copied) to.attr("copy_")(tensor);
+  }
+};
 
 // Of an argument that may be None.
 OptionalArray optional_of(py::handle tensor);

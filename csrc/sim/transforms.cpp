@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include "device.h"
 #include "lora_kernels/transforms_launch.h"
 #include "tensors.h"
 
@@ -9,39 +10,17 @@ namespace {
 
 namespace py = pybind11;
 
-struct Launcher {
-  template <class... A>
-  void launch(A... args) const {
-    simt::launch(args...);
-  }
-};
-
-py::object hadamard(py::object x, py::object signs, std::vector<int64_t> orders, double scale, bool transpose) {
-  const int64_t length = x.attr("shape").attr("__getitem__")(-1).cast<int64_t>();
-  const py::object rows = x.attr("reshape")(-1, length);
-  const Array in = array_of(rows);
-  const auto sizes = x.attr("shape").cast<std::vector<int64_t>>();
-  const py::object y = empty(sizes, in.type);
-  const OptionalArray bits = optional_of(signs);
-  HadamardPasses plan(uint32_t(length / 2), orders.data(), int(orders.size()), transpose);
-  if (!plan.fit) throw py::value_error("too many bases");
-  Hadamard a{};
-  a.x = in.data;
-  a.y = array_of(y).data;
-  if (const Array* words = bits) a.signs = reinterpret_cast<const uint32_t*>(elements<int32_t>(*words));
-  a.rows = in.sizes[0], a.row_stride = in.strides[0], a.stride = in.strides[1];
-  a.scale = float(scale), a.transpose = transpose;
-  auto start = [&](auto zero) {
-    using T = decltype(zero);
-    a.paired = pairs_aligned<T>(a);
-    if (a.rows) launch_hadamard<T>(Launcher{}, a, length, plan);
-  };
-  if (in.type == Element::f32)
-    start(float{});
-  else if (in.type == Element::bf16)
-    start(bf16{});
-  else
-    start(f16{});
+py::object hadamard_of(py::object x, py::object signs, std::vector<int64_t> orders, double scale, bool transpose) {
+  HostDevice device;
+  auto sizes = x.attr("shape").cast<std::vector<int64_t>>();
+  py::object rows = x.attr("reshape")(-1, sizes.back());
+  Array in = array_of(rows);
+  py::object y = empty(sizes, in.type);
+  if (!in.numel()) return y;
+  OptionalArray bits = optional_of(signs);
+  const Array* words = bits;
+  hadamard(device, rows_of(in), array_of(y).data, words ? elements<int32_t>(*words) : nullptr, orders, scale,
+           transpose);
   return y;
 }
 
@@ -62,7 +41,7 @@ std::vector<std::vector<std::vector<uint32_t>>> hadamard_places(int64_t length, 
 }  // namespace
 
 void bind_transforms(py::module_& m) {
-  m.def("hadamard", &hadamard);
+  m.def("hadamard", &hadamard_of);
   m.def("hadamard_places", &hadamard_places);
 }
 

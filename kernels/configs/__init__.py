@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 def gpu(device: torch.device) -> Gpu:
     """What of ``device`` decides tiles; the CPU's is that of the interpreter and the host executor."""
     if device.type == "cpu":
-        return Gpu((8, 0), 163 * 1024)
+        return Gpu((8, 0), 227 * 1024)
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     capability = (0, 0) if torch.version.hip else (properties.major, properties.minor)

@@ -136,6 +136,13 @@ def _say_missing() -> None:
     logger.warning("the compiled CPU kernels are missing, so ops run on the slower reference: %s", extension_error)
 
 
+def one_device(*args: Any) -> None:
+    """What a fake must see to, since one meta tensor among others brings a call to it."""
+    devices = {t.device for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"tensors on {len(devices)} devices")
+
+
 class Op:
     """One registered op: calling it runs the backend chosen for its first tensor's device.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..reference import low_rank as reference
 from ..select import cuda_is_faster, outgrows_cuda
-from ._dispatch import Op, gpu
+from ._dispatch import Op, gpu, one_device
 
 # What a CUDA kernel takes as it is:
 LISTED_MOST = 64  # matrices
@@ -24,13 +24,6 @@ def out_features(B: Sequence[Tensor]) -> int:
 
 def _flops(x_rows: int, in_features: int, out_features: int, rank: int) -> int:
     return 2 * x_rows * rank * (in_features + out_features)
-
-
-def _one_device(*args: Any) -> None:
-    """What a fake must see to, since one meta tensor among others brings a call to it."""
-    devices = {t.device for a in args for t in (a if isinstance(a, (tuple, list)) else (a,)) if isinstance(t, Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(f"tensors on {len(devices)} devices")
 
 
 def _cuda_refuses_factors(factors: Sequence[Tensor], *others: Tensor | None) -> str | None:
@@ -70,14 +63,14 @@ def _prefers_cuda(x: Tensor, factors: Sequence[Tensor], *_: Any) -> bool:
 
 
 def _fake_shrink(x, A, ids, indptr, plan, ranks, pairs):
-    _one_device(x, A, ids, indptr, plan, ranks)
+    one_device(x, A, ids, indptr, plan, ranks)
     return x.new_empty(
         reference.num_slices(A), pairs, reference.padded_rank(A), dtype=reference.accumulate_dtype(x.dtype)
     )
 
 
 def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, pairs):
-    _one_device(u, w, ids, indptr, plan, scaling, weights)
+    one_device(u, w, ids, indptr, plan, scaling, weights)
     dtype = reference.accumulate_dtype(torch.promote_types(u.dtype, w.dtype))
     return u.new_empty(num_adapters, u.shape[-1], w.shape[-1], dtype=dtype)
 
@@ -85,7 +78,7 @@ def _fake_outer(u, w, num_adapters, ids, indptr, plan, scaling, weights, scale, 
 lora_add_ = Op(
     reference.lora_add_,
     mutates=("y",),
-    fake=_one_device,
+    fake=one_device,
     cuda_refuses=_cuda_refuses_add,
     prefers_cuda=lambda y, *rest: _prefers_cuda(*rest),
     flops=lambda y, x, A, B, *rest, out_val=None, **kwargs: _flops(
@@ -107,7 +100,7 @@ lora_shrink = Op(
 lora_expand_ = Op(
     reference.lora_expand_,
     mutates=("y",),
-    fake=_one_device,
+    fake=one_device,
     cuda_refuses=_cuda_refuses_expand,
     prefers_cuda=lambda y, *rest: _prefers_cuda(*rest),
     flops=lambda y, v, B, *rest, out_val=None, **kwargs: _flops(v.shape[1], 0, out_features(B), v.shape[2]),
@@ -185,7 +178,7 @@ def _of_factors(factors: Sequence[Tensor], grad: Tensor, is_B: bool) -> list[Ten
 
 
 def _fake_grads(dy, x, weight, A, B, v, plan, scaling, ranks, weights, scale, need_x, need_v, need_A, need_B):
-    _one_device(dy, x, weight, A, B, v, plan, scaling, ranks, weights)
+    one_device(dy, x, weight, A, B, v, plan, scaling, ranks, weights)
     return [
         x.new_empty(x.shape if need_x else 0),
         v.new_empty(v.shape if need_v else 0),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
 
 import torch
 
 from ..reference import transforms as reference
-from ._dispatch import Op
-from ._low_rank import _one_device
+from ._dispatch import Op, gpu, one_device
 
 LARGEST_BASE = 1024  # that the CUDA kernel takes: its outputs are held by one block
 
@@ -22,7 +19,7 @@ def _flops_of_hadamard(x, signs, orders, scale, transpose, *, out_val=None):
 
 
 def _fake_hadamard(x, signs, orders, scale, transpose):
-    _one_device(x, signs)
+    one_device(x, signs)
     return x.new_empty(x.shape)
 
 
@@ -39,18 +36,9 @@ def _hadamard_refusal(x, signs, orders, scale, transpose) -> str | None:
     if max(orders, default=1) > LARGEST_BASE:
         return f"base of order {max(orders)}, more than {LARGEST_BASE}"
     padding = 16 if power >= 32 else power // 2 if power >= 8 else N
-    if _shared_memory(x.device) < 4 * (N + N // padding):
+    if gpu(x.device).shared < 4 * (N + N // padding):
         return f"row of {N} numbers, which outgrows a block's shared memory"
     return None
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes a block may have; those of an H100 where there is no GPU."""
-    if device.type != "cuda":
-        return 227 << 10
-    properties: Any = torch.cuda.get_device_properties(device)
-    return properties.shared_memory_per_block_optin
 
 
 hadamard = Op(reference.hadamard, fake=_fake_hadamard, flops=_flops_of_hadamard, cuda_refuses=_hadamard_refusal)

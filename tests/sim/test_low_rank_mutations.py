@@ -45,15 +45,10 @@ MORE = {
 }
 
 
-def left_unnoticed(tmp_path, mistakes):
-    made = {name: (file, old, new, TESTS, "-k", test) for name, (file, old, new, test) in mistakes.items()}
-    return unnoticed(tmp_path, made, family="low_rank")
-
-
 def test_mistakes(tmp_path):
-    assert left_unnoticed(tmp_path, QUICK) == ["no mistake"]
+    assert unnoticed(tmp_path, QUICK, "low_rank", TESTS) == ["no mistake"]
 
 
 @pytest.mark.slow
 def test_more_mistakes(tmp_path):
-    assert left_unnoticed(tmp_path, MORE) == []
+    assert unnoticed(tmp_path, MORE, "low_rank", TESTS) == []

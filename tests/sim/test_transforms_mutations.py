@@ -16,6 +16,4 @@ MISTAKES = {
 
 
 def test_mistakes(tmp_path):
-    tests = "tests/sim/test_transforms.py"
-    mistakes = {name: (file, old, new, tests, "-k", which) for name, (file, old, new, which) in MISTAKES.items()}
-    assert unnoticed(tmp_path, mistakes, family="transforms") == ["no mistake"]
+    assert unnoticed(tmp_path, MISTAKES, "transforms", "tests/sim/test_transforms.py") == ["no mistake"]

@@ -1,7 +1,12 @@
-// A tensor as launch code sees it, whether it came from torch or from the host executor.
+// A tensor as launch code sees it, whether it came from torch or from the host executor, and what all launch code
+// needs.
 #pragma once
 
 #include <stdint.h>
+
+#include <stdexcept>
+
+#include "device.cuh"
 
 namespace lora_kernels {
 
@@ -10,6 +15,27 @@ enum class Element { f32, bf16, f16, i16, i32, i64 };
 inline int64_t bytes_of(Element type) {
   if (type == Element::i64) return 8;
   return type == Element::f32 || type == Element::i32 ? 4 : 2;
+}
+
+inline void require(bool right, const char* what) {
+  if (!right) throw std::runtime_error(what);
+}
+
+inline int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
+
+// Calls f with a value of the type that is meant.
+template <class F>
+void with_type(Element type, F f) {
+  switch (type) {
+    case Element::f32:
+      return f(float{});
+    case Element::bf16:
+      return f(bf16{});
+    case Element::f16:
+      return f(f16{});
+    default:
+      throw std::runtime_error("unsupported dtype");
+  }
 }
 
 // Borrowed memory with sizes and strides in elements.
@@ -68,6 +94,12 @@ inline bool as_matrix(const Array& from, Matrix& to) {
   }
   if (to.columns <= 1) to.column_stride = 1;
   return true;
+}
+
+inline Matrix rows_of(const Array& array) {
+  Matrix matrix;
+  require(array.dims >= 1 && as_matrix(array, matrix), "rows without a stride");
+  return matrix;
 }
 
 }  // namespace lora_kernels

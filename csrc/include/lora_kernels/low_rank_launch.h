@@ -6,7 +6,6 @@
 #pragma once
 
 #include <algorithm>
-#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -15,33 +14,6 @@
 #include "low_rank_cluster.cuh"
 
 namespace lora_kernels {
-
-inline void require(bool right, const char* what) {
-  if (!right) throw std::runtime_error(what);
-}
-
-inline int divide_up(int64_t a, int64_t b) { return int((a + b - 1) / b); }
-
-// Calls f with a value of the type that is meant.
-template <class F>
-void with_type(Element type, F f) {
-  switch (type) {
-    case Element::f32:
-      return f(float{});
-    case Element::bf16:
-      return f(bf16{});
-    case Element::f16:
-      return f(f16{});
-    default:
-      throw std::runtime_error("unsupported dtype");
-  }
-}
-
-inline Matrix rows_of(const Array& array) {
-  Matrix matrix;
-  require(array.dims >= 1 && as_matrix(array, matrix), "rows without a stride");
-  return matrix;
-}
 
 // The factors of the slices, [L, rank, width], or of the adapters of a list, [rank, width]; rank_axis counts from
 // there.

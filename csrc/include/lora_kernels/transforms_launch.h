@@ -1,7 +1,11 @@
 // From a transform's arguments to its launch, without torch or CUDA's runtime: the .cu file and the host executor share
-// it. `launcher.launch(grid, block, shared bytes, kernel, arguments...)` starts a kernel.
+// it. A Device has launch(grid, block, shared bytes, kernel, arguments...) and shared_limit(), the bytes of shared
+// memory a block may have.
 #pragma once
 
+#include <vector>
+
+#include "array.h"
 #include "transforms.cuh"
 
 namespace lora_kernels {
@@ -95,18 +99,27 @@ private:
 
 inline uint32_t chunks_of(uint32_t order) { return (order + kOutputs - 1) / kOutputs; }
 
-// Whether each pair of x is one aligned access.
-template <class T>
-bool pairs_aligned(const Hadamard& a) {
-  return a.stride == 1 && (a.row_stride % 2 == 0 || a.rows == 1) &&
-         reinterpret_cast<uintptr_t>(a.x) % (2 * sizeof(T)) == 0;
-}
-
-// y = scale · H x for `a`, in which x, y, signs, rows, row_stride, stride, scale, transpose and paired are set.
-template <class T, class Launcher>
-void launch_hadamard(const Launcher& launcher, Hadamard a, int64_t length, const HadamardPasses& plan) {
+// y = scale · H x for rows x of N numbers and contiguous rows y of the same type. `signs` are null where there is no
+// base.
+template <class Device>
+void hadamard(Device& device, const Matrix& x, void* y, const void* signs, const std::vector<int64_t>& orders,
+              double scale, bool transpose) {
   constexpr uint32_t kPairs = 2048;  // of a block, at least, where rows are short: 16 KB of shared memory
-  a.pairs = uint32_t(length / 2);
+  int64_t power = x.columns;
+  for (int64_t order : orders) {
+    require(order > 1 && power % order == 0, "orders");
+    power /= order;
+  }
+  require(power > 0 && power % 2 == 0 && !(power & (power - 1)), "orders");
+  HadamardPasses plan(uint32_t(x.columns / 2), orders.data(), int(orders.size()), transpose);
+  require(plan.fit, "orders");
+  require(plan.bytes(1) <= size_t(device.shared_limit()), "row too long");
+
+  Hadamard a{};
+  a.x = x.data, a.y = y, a.signs = static_cast<const uint32_t*>(signs);
+  a.rows = x.rows, a.row_stride = x.row_stride, a.stride = x.column_stride;
+  a.scale = float(scale), a.transpose = transpose;
+  a.pairs = uint32_t(x.columns / 2);
   a.pad = plan.pad;
   a.rows_each = max(1u, kPairs / a.pairs);
   a.count = plan.count;
@@ -116,18 +129,23 @@ void launch_hadamard(const Launcher& launcher, Hadamard a, int64_t length, const
   uint32_t threads = max(128u, max(chunks_of(plan.any_base) * 32, (tasks + 31) / 32 * 32));
   auto start = [&](auto kernel) {
     dim3 grid(uint32_t((a.rows + a.rows_each - 1) / a.rows_each));
-    launcher.launch(grid, min(threads, uint32_t(kMostThreads)), plan.bytes(a.rows_each), kernel, a);
+    device.launch(grid, min(threads, uint32_t(kMostThreads)), plan.bytes(a.rows_each), kernel, a);
   };
-  if (plan.any_base)
-    start(hadamard_kernel<T, kAnyBase>);
-  else if (plan.widest <= 16)
-    start(hadamard_kernel<T, 16>);
-  else if (plan.widest == 20)
-    start(hadamard_kernel<T, 20>);
-  else if (plan.widest == 28)
-    start(hadamard_kernel<T, 28>);
-  else
-    start(hadamard_kernel<T, 32>);
+  with_type(x.type, [&](auto value) {
+    using T = decltype(value);
+    a.paired = a.stride == 1 && (a.row_stride % 2 == 0 || a.rows == 1) &&
+               reinterpret_cast<uintptr_t>(a.x) % (2 * sizeof(T)) == 0;
+    if (plan.any_base)
+      start(hadamard_kernel<T, kAnyBase>);
+    else if (plan.widest <= 16)
+      start(hadamard_kernel<T, 16>);
+    else if (plan.widest == 20)
+      start(hadamard_kernel<T, 20>);
+    else if (plan.widest == 28)
+      start(hadamard_kernel<T, 28>);
+    else
+      start(hadamard_kernel<T, 32>);
+  });
 }
 
 }  // namespace lora_kernels
