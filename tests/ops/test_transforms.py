@@ -82,12 +82,13 @@ def test_gradients(length, transpose):
     assert torch.autograd.gradgradcheck(lambda x: lk.wht(x, transpose=transpose), x)
 
 
-@pytest.mark.parametrize("length", (12, 20, 28, 44, 52, 3072, 5120, 11008))
-@pytest.mark.parametrize("layout", ("auto", "quarot"))
+@pytest.mark.parametrize(
+    "length, layout",
+    [(length, "auto") for length in (12, 20, 28, 44, 52, 3072, 5120, 11008)]
+    + [(length, "quarot") for length in (12, 20, 28, 52, 3072, 5120, 11008)],  # QuaRot has no 44
+)
 def test_adjoint(length, layout):
     """⟨Hx, y⟩ = ⟨x, Hᵀy⟩ by transpose=True and by autograd, of bases that are not symmetric."""
-    if layout == "quarot" and length == 44:
-        pytest.skip("QuaRot has no 44")
     x, y = (torch.randn(2, length, dtype=torch.float64) for _ in range(2))
     x.requires_grad_()
     Hx = lk.wht(x, layout=layout)
