@@ -23,6 +23,8 @@ class BatchPlan:
     Taken wherever a function takes ``adapter_ids`` (or ``seg_indptr, adapter_ids``); build it once a step instead of
     once a layer. The module ``lora_kernels.reference.low_rank`` describes the table.
 
+    It may be of fewer rows than x has (but for a mixture): the rest has no adapter, as where an engine pads a batch.
+
     The rows may be told in three forms: an id a row; an id a segment of rows; or either of them in another order, as
     engines do that sort a batch by adapter: then the ids or segments are of rows ``order[0], order[1], ...``
 

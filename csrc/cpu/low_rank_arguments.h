@@ -304,7 +304,8 @@ struct Routing {
       bounds = table + 2;
       order = bounds + adapters + 1;
       pairs = rows * std::max<int64_t>(weights_per_row, 1);
-      STD_TORCH_CHECK(table[0] == pairs && bounds[0] == 0 && bounds[adapters] <= capacity, "plan of other rows");
+      STD_TORCH_CHECK(table[0] == pairs || (table[0] < pairs && weights_per_row <= 1), "plan of other rows");
+      STD_TORCH_CHECK(bounds[0] == 0 && bounds[adapters] <= capacity, "plan");
       for (int64_t l = 0; l < adapters; ++l) STD_TORCH_CHECK(bounds[l] <= bounds[l + 1], "plan");
       for (int64_t i = 0; i < bounds[adapters]; ++i) STD_TORCH_CHECK(order[i] >= 0 && order[i] < pairs, "plan");
     } else {

@@ -67,6 +67,8 @@ def test_forms_agree(M):
     assert not bitwise_equal(want, y)
     for form, value in got.items():
         assert bitwise_equal(value, want[: len(value)]), form
+    half = lk.bgmv(y.clone(), x, A, B, lk.BatchPlan.empty(M, L).update_(ids[: M // 2]))
+    assert bitwise_equal(half, torch.cat([want[: M // 2], y[M // 2 :]])), "a plan of half the rows"
 
 
 @pytest.mark.parametrize("M, L", ((0, 3), (1, 1), (50, 7), (2100, 3), (40, 0)))

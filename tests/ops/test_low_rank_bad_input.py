@@ -186,7 +186,6 @@ CASES = {
     "plan: of more rows": (
         BY_ROW, ValueError, "plan is of 12 rows, x has 6", {"adapter_ids": lk.BatchPlan.from_ids(IDS.repeat(2), L)}
     ),
-    "plan: empty": (BY_ROW, ValueError, "plan is of 0 rows", {"adapter_ids": lk.BatchPlan.empty(9, L)}),
     "plan: of more adapters": (
         BY_ROW, ValueError, "plan is of 5 adapters.* 3", {"adapter_ids": lk.BatchPlan.from_ids(IDS, 5)}
     ),

@@ -91,6 +91,21 @@ def test_an_empty_plan_is_of_no_rows(backend):
     assert repr(plan) == "BatchPlan(num_adapters=4, capacity=8, device=cpu)"
 
 
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_rows_past_the_plan_have_no_adapter(rows, backend):
+    """As where an engine pads a batch."""
+    ids = IDS["mixed"].clone()
+    plan = lk.BatchPlan.empty(64, L).update_(ids[:rows])
+    y, x = inputs(ids)
+    ids[rows:] = -1
+    want = lk.bgmv(y.clone(), x, A, B, ids)
+    assert bitwise_equal(lk.bgmv(y.clone(), x, A, B, plan), want)
+    assert bitwise_equal(lk.multi_lora(x, A, B, plan, y=y), want)
+    v = lk.bgmv_shrink(x, A, plan)
+    assert bitwise_equal(v, lk.bgmv_shrink(x, A, ids))
+    assert bitwise_equal(lk.bgmv_expand(y.clone(), v, B, plan), lk.bgmv_expand(y.clone(), v, B, ids))
+
+
 def test_one_plan_serves_many_layers(backend):
     ids = IDS["random"]
     plan = lk.BatchPlan.from_ids(ids, L)

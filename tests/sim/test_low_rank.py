@@ -84,6 +84,8 @@ def test_forms_agree(M, R, name):
     assert M == 1 or not bitwise_equal(want, y)
     for form, value in got.items():
         assert bitwise_equal(value, want), form
+    half = lk.bgmv(y.clone(), x, A, B, lk.BatchPlan.empty(M, L).update_(ids[: M // 2]))
+    assert bitwise_equal(half, torch.cat([want[: M // 2], y[M // 2 :]])), "a plan of half the rows"
     for m in range(0, M, max(M // 7, 1)):
         alone = lk.bgmv(y[m : m + 1].clone(), x[m : m + 1], A, B, ids[m : m + 1])
         assert bitwise_equal(alone, want[m : m + 1]), f"row {m} alone"
