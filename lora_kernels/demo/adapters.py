@@ -19,7 +19,7 @@ import lora_kernels
 
 from . import texts
 from .loading import CONFIG, WEIGHTS, Adapter
-from .model import quiet, replacing
+from .model import chat, quiet, replacing
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PREFIX = "base_model.model."
@@ -77,8 +77,7 @@ RECIPES: dict[str, Trained | Mixed | Noise] = {
 def make(
     cache: Path,
     model: Any,
-    tokenize: Callable[[str], list[int]],
-    encode: Callable[[str], list[int]],
+    tokenizer: Any,
     *,
     training: Training = Training(),
     fresh: bool = False,
@@ -89,21 +88,21 @@ def make(
     Args:
         cache: the folder under which a set of adapters is kept, one set for each recipe and training.
         model: a causal language model in fp32; left as it was.
-        tokenize: the tokens of a question, ready to be answered.
-        encode: the tokens of an answer with its end.
+        tokenizer: the model's.
         training: how voices are trained.
         fresh: make them again, whatever the cache has.
         progress: called after each training step with the voice, its step from 1, and the loss.
     """
     folder = cache / f"adapters-{_digest(training)}"
     if fresh or not folder.is_dir():
-        examples = [tokenize(question) for question in texts.QUESTIONS]
+        questions = [chat(tokenizer, question) for question in texts.QUESTIONS]
         made: dict[str, dict[str, Tensor]] = {}
         with replacing(folder) as new:
             for name, recipe in RECIPES.items():
                 if isinstance(recipe, Trained):
-                    rows = list(zip(examples, map(encode, recipe.answers), strict=True))
-                    made[name] = train(model, rows, training, partial(progress, name))
+                    answers = [_ended(tokenizer, answer) for answer in recipe.answers]
+                    examples = list(zip(questions, answers, strict=True))
+                    made[name] = train(model, examples, training, partial(progress, name))
                 elif isinstance(recipe, Mixed):
                     made[name] = mix([(made[voice], weight) for voice, weight in recipe.weights.items()])
                 else:
@@ -194,6 +193,11 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> None:
 def rank_of(adapter: Adapter) -> int:
     """The adapter's rank by its configuration."""
     return json.loads((adapter.path / CONFIG).read_text())["r"]
+
+
+def _ended(tokenizer: Any, answer: str) -> list[int]:
+    """The tokens of an answer with its end."""
+    return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def _loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> Tensor:

@@ -74,15 +74,7 @@ def _make(args: argparse.Namespace, path: Path, base: Any, tokenizer: Any, conso
                 tasks[voice] = bar.add_task(f"training {voice}", total=training.steps, note="")
             bar.update(tasks[voice], completed=step, note=f"loss {loss:.2f}")
 
-        return adapters.make(
-            path,
-            base,
-            lambda question: model.chat(tokenizer, question),
-            lambda text: [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id],
-            training=training,
-            fresh=args.fresh,
-            progress=progress,
-        )
+        return adapters.make(path, base, tokenizer, training=training, fresh=args.fresh, progress=progress)
 
 
 def _answer(

