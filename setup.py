@@ -146,6 +146,9 @@ if __name__ == "__main__":  # the tests read how things are compiled
         packages=find_packages(include=["lora_kernels", "lora_kernels.*"])
         + [f"lora_kernels.kernels.{name}" for name in device_packages],
         package_dir={f"lora_kernels.kernels.{name}": "kernels/" + name.replace(".", "/") for name in device_packages},
-        package_data={"lora_kernels": ["py.typed"], "lora_kernels.kernels.configs": ["*.json"]},
+        package_data={
+            "lora_kernels": ["py.typed", "integrations/README.md"],
+            "lora_kernels.kernels.configs": ["*.json"],
+        },
         **build(),
     )

@@ -21,6 +21,11 @@ def check() -> bool:
     return os.environ.get("LORA_KERNELS_CHECK", "0") not in ("", "0")
 
 
+def vllm() -> bool:
+    """``LORA_KERNELS_VLLM=0``: leave vLLM's own LoRA kernels in place."""
+    return os.environ.get("LORA_KERNELS_VLLM", "1") not in ("", "0")
+
+
 def interpreted() -> bool:
     """``TRITON_INTERPRET=1``, Triton's own: its kernels run in Python, on CPU tensors too."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

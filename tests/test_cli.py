@@ -227,6 +227,16 @@ def test_collect_env():
         assert len(private) < 4 or private not in result.stdout
 
 
+def test_collect_env_names_what_vllm_loads(tmp_path):
+    installed = tmp_path / "some_plugin-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[vllm.general_plugins]\nsome_plugin = some.module:register\n")
+    found = json.loads(run("collect-env", "--json", path=[tmp_path], VLLM_PLUGINS="some_plugin").stdout)
+    assert "some_plugin" in found["vllm plug-ins"]
+    assert found["environment"]["VLLM_PLUGINS"] == "some_plugin"
+
+
 @pytest.mark.parametrize(
     "torch_py, says",
     [
