@@ -29,7 +29,7 @@ def test_wheel_without_binary_is_the_package(pure_wheel, checkout_files):
 def test_sdist_has_every_source(sdist, checkout_files):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    folders = ("csrc/", "kernels/", "lora_kernels/", "tests/", "benchmarks/")
+    folders = ("csrc/", "kernels/", "lora_kernels/", "tests/", "benchmarks/", "examples/")
     at_root = {name for name in checkout_files if "/" not in name and not name.startswith(".")}
     assert at_root | {name for name in checkout_files if name.startswith(folders)} <= names
 
