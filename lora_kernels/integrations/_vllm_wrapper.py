@@ -294,9 +294,10 @@ def shorten(layer: Any) -> None:
     def applied(x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = base.quant_method.apply(base, x, bias)
         if y.dim() == 3:
-            layer.punica_wrapper.add_lora_linear(y.flatten(0, 1), x.flatten(0, 1), A, B, 1.0, slices)
-        else:
-            layer.punica_wrapper.add_lora_linear(y, x, A, B, 1.0, slices)
+            flat = y.flatten(0, 1)  # a copy where y does not lie in rows
+            layer.punica_wrapper.add_lora_linear(flat, x.flatten(0, 1), A, B, 1.0, slices)
+            return flat.view(y.shape)
+        layer.punica_wrapper.add_lora_linear(y, x, A, B, 1.0, slices)
         return y
 
     layer.apply = applied

@@ -224,11 +224,12 @@ def _fill(worker, value):
             stack = stack_of(stacked)
             if stack is None:
                 continue
-            for factor, live in zip(stack.factors, stack.ranks.tolist(), strict=True):
-                for slot, rank in enumerate(live):
-                    past = factor[slot].narrow(stack.rank_dim, rank, stack.max_rank - rank)
-                    past.fill_(value)
-                    filled += past.numel()
+            for factors in (stack.factors, stack.fitted):  # the same tensors, views of them, or copies
+                for factor, live in zip(factors, stack.ranks.tolist(), strict=True):
+                    for slot, rank in enumerate(live):
+                        past = factor[slot].narrow(stack.rank_dim, rank, factor.shape[1 + stack.rank_dim] - rank)
+                        past.fill_(value)
+                        filled += past.numel()
     return filled
 
 
