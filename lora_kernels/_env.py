@@ -12,7 +12,7 @@ def backend() -> str | None:
 
 
 def isa() -> str | None:
-    """``LORA_KERNELS_ISA``: the best CPU instruction set to use (``amx``, ``avx512``, ``avx2``, ``portable``)."""
+    """``LORA_KERNELS_ISA``: the CPU instruction set to use, such as ``avx2``, instead of the best one here."""
     return os.environ.get("LORA_KERNELS_ISA") or None
 
 

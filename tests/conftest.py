@@ -9,7 +9,7 @@ from lora_kernels.ops import _dispatch
 from lora_kernels.testing import poison, threads
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what several folders share
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 
 
 def need_extension():

@@ -22,6 +22,9 @@ extern const LowRankKernels low_rank;
 namespace avx512 {
 extern const LowRankKernels low_rank;
 }
+namespace avx512bf16 {
+extern const LowRankKernels low_rank;
+}
 namespace amx {
 extern const LowRankKernels low_rank;
 }
@@ -56,7 +59,10 @@ std::vector<const LowRankKernels*> detect() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     found.push_back(&avx512::low_rank);
-    if (__builtin_cpu_supports("avx512bf16") && has_tiles() && request_tiles()) found.push_back(&amx::low_rank);
+    if (__builtin_cpu_supports("avx512bf16")) {
+      found.push_back(&avx512bf16::low_rank);
+      if (has_tiles() && request_tiles()) found.push_back(&amx::low_rank);
+    }
   }
 #endif
   return found;

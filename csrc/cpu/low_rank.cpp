@@ -102,7 +102,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
       s[i] = scales.at(0, group.adapter) * (per_pair.values ? per_pair.values[pair_of(group, i)] : 1.0f);
     kernels.outer(rows_of(left, group, 0, left.rows ? int(pairs / left.rows) : 1), P,
                   rows_of(right, group, 0, right.rows ? int(pairs / right.rows) : 1), begin, end, int(group.count), s,
-                  data + group.adapter * P * Q, Q, scratch());
+                  false, data + group.adapter * P * Q, Q, scratch());
   });
   return out;
 }

@@ -19,12 +19,14 @@
 
 #define LK_ISA amx
 #define LK_WIDTH 16
+#include "lora_linear_kernels.h"
 #include "low_rank_amx_expand.h"
 #include "low_rank_amx_linear.h"
 #include "low_rank_amx_shrink.h"
 
 namespace lora_kernels::amx {
-extern const LowRankKernels low_rank{"amx", shrink, expand, outer_vectors, linear};
+extern const LowRankKernels low_rank{
+    "amx", shrink, expand, outer_vectors, drop, add_dropped, combine, column_grads, transpose, linear};
 }  // namespace lora_kernels::amx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -11,10 +11,11 @@
 
 #define LK_ISA avx2
 #define LK_WIDTH 8
-#include "low_rank_kernels.h"
+#include "lora_linear_kernels.h"
 
 namespace lora_kernels::avx2 {
-extern const LowRankKernels low_rank{"avx2", shrink_vectors, expand_vectors, outer_vectors, nullptr};
+extern const LowRankKernels low_rank{
+    "avx2",      shrink_vectors, expand_vectors, outer_vectors, drop, add_dropped, combine, column_grads, transpose, nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -12,10 +12,11 @@
 
 #define LK_ISA avx512
 #define LK_WIDTH 16
-#include "low_rank_kernels.h"
+#include "lora_linear_kernels.h"
 
 namespace lora_kernels::avx512 {
-extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, outer_vectors, nullptr};
+extern const LowRankKernels low_rank{
+    "avx512",      shrink_vectors, expand_vectors, outer_vectors, drop, add_dropped, combine, column_grads, transpose, nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

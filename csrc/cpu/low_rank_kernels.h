@@ -86,14 +86,20 @@ LK_INLINE void dot_block(const X* const* x, const A* a, int64_t a_stride, int64_
     for (int j = 0; j < N; ++j) memcpy(at[j], a + j * a_stride + k, rest * sizeof(A));
     step(xp, 0, at[0], D::STEP);
   }
+  constexpr int GROUP = M * N < W ? M * N : W;
 #pragma GCC unroll 8
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < N; ++j) {
-      float sum = reduce(acc[i][j]);
-      float* out = v + i * v_stride + j;
-      *out = add ? *out + sum : sum;
+  for (int first = 0; first < M * N; first += GROUP) {
+    vf group[GROUP];
+#pragma GCC unroll 16
+    for (int i = 0; i < GROUP; ++i) group[reversed_bits(i, GROUP)] = acc[(first + i) / N][(first + i) % N];
+    float sums[W];
+    store(sums, reduce_all(group));
+#pragma GCC unroll 16
+    for (int i = 0; i < GROUP; ++i) {
+      float* out = v + (first + i) / N * v_stride + (first + i) % N;
+      *out = add ? *out + sums[i] : sums[i];
     }
+  }
 }
 
 template <int M, class X, class A>
@@ -292,32 +298,57 @@ void expand_vectors(const Rows& y, int m, const float* v, int64_t v_stride, cons
   });
 }
 
-// out[p, 0:last) of P rows (+)= Σ_i u[i, p] w[i, 0:last) over m rows.
-template <int P, class T>
+// Rows of `outer` held in registers, twice as many vectors.
+constexpr int OUTER = W == 16 ? 8 : 4;
+
+// out[p, 0:N * W) of P rows (+)= Σ_i u[i, p] w[i, 0:N * W) over m rows; `last` columns of the last vector. AHEAD: with
+// what lies m rows further on its way.
+template <int P, int N, bool AHEAD, class T>
 LK_INLINE void outer_block(const float* u, int64_t u_stride, const Rows& w, int64_t first, int64_t q, int m, int last,
                            bool add, float* out, int64_t out_stride) {
-  vf acc[P];
-#pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    const float* o = out + p * out_stride;
-    acc[p] = !add ? vf{} : last == W ? load(o) : load_n(o, last);
-  }
+  vf acc[P][N] = {};
   for (int i = 0; i < m; ++i) {
     const T* row = row_of<T>(w, first + i) + q;
-    vf wv = last == W ? load(row) : load_n(row, last);
+    if (AHEAD) prefetch(row, m * w.stride);
+    vf wv[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) wv[n] = last == W ? load(row + n * W) : load_n(row, last);
 #pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) acc[p] = fma(broadcast(u[i * u_stride + p]), wv, acc[p]);
+    for (int p = 0; p < P; ++p) {
+      vf s = broadcast(u[i * u_stride + p]);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[p][n] = fma(s, wv[n], acc[p][n]);
+    }
   }
 #pragma GCC unroll 8
-  for (int p = 0; p < P; ++p) {
-    float* o = out + p * out_stride;
-    last == W ? store(o, acc[p]) : store_n(o, acc[p], last);
+  for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) {
+      float* o = out + p * out_stride + n * W;
+      vf sum = acc[p][n];
+      if (add) sum = sum + (last == W ? load(o) : load_n(o, last));
+      last == W ? store(o, sum) : store_n(o, sum, last);
+    }
+}
+
+// `count` rows of `out`, as many vectors wide.
+template <int N, class T>
+LK_INLINE void outer_rows(const float* u, int64_t u_stride, int64_t count, const Rows& w, int64_t first, int64_t q,
+                          int m, int last, bool add, float* out, int64_t out_stride) {
+  int64_t p = 0;
+  if (!w.index && count >= OUTER) {
+    outer_block<OUTER, N, true, T>(u, u_stride, w, first, q, m, last, add, out, out_stride);
+    p = OUTER;
   }
+  for (; p + OUTER <= count; p += OUTER)
+    outer_block<OUTER, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride);
+  for (; p < count; ++p)
+    outer_block<1, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride);
 }
 
 template <class U, class T>
-void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, float* out,
-              int64_t out_stride, void* scratch) {
+void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, bool add,
+              float* out, int64_t out_stride, void* scratch) {
   constexpr int BLOCK = 64, COLUMNS = 512;
   float* wide = (float*)scratch;  // [BLOCK, COLUMNS]: s · u
   for (int first = 0; first < m; first += BLOCK) {
@@ -329,26 +360,24 @@ void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t en
         widen(row_of<U>(u, first + i) + p0, count, row);
         for (int64_t p = 0; p < count; ++p) row[p] *= s[first + i];
       }
-      for (int64_t q = begin; q < end; q += W) {
-        int last = end - q < W ? int(end - q) : W;
-        float* o = out + p0 * out_stride + q;
-        int64_t p = 0;
-        for (; p + 8 <= count; p += 8)
-          outer_block<8, T>(wide + p, COLUMNS, w, first, q, rows, last, first > 0, o + p * out_stride, out_stride);
-        for (; p < count; ++p)
-          outer_block<1, T>(wide + p, COLUMNS, w, first, q, rows, last, first > 0, o + p * out_stride, out_stride);
-      }
+      bool on = add || first > 0;
+      float* o = out + p0 * out_stride;
+      int64_t q = begin;
+      for (; q + 2 * W <= end; q += 2 * W)
+        outer_rows<2, T>(wide, COLUMNS, count, w, first, q, rows, W, on, o + q, out_stride);
+      for (; q < end; q += W)
+        outer_rows<1, T>(wide, COLUMNS, count, w, first, q, rows, end - q < W ? int(end - q) : W, on, o + q, out_stride);
     }
   }
 }
 
-void outer_vectors(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s,
+void outer_vectors(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, bool add,
                    float* out, int64_t out_stride, void* scratch) {
   with_type(u.dtype, [&](auto up) LK_LAMBDA {
     with_type(w.dtype, [&](auto wp) LK_LAMBDA {
       typedef typename element<decltype(up)>::type U;
       typedef typename element<decltype(wp)>::type T;
-      outer_as<U, T>(u, P, w, begin, end, m, s, out, out_stride, scratch);
+      outer_as<U, T>(u, P, w, begin, end, m, s, add, out, out_stride, scratch);
     });
   });
 }

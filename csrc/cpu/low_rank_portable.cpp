@@ -1,8 +1,9 @@
 // `low_rank` on any machine: four lanes, which compilers map to SSE2, NEON or plain scalars.
 #define LK_ISA portable
 #define LK_WIDTH 4
-#include "low_rank_kernels.h"
+#include "lora_linear_kernels.h"
 
 namespace lora_kernels::portable {
-extern const LowRankKernels low_rank{"portable", shrink_vectors, expand_vectors, outer_vectors, nullptr};
+extern const LowRankKernels low_rank{
+    "portable",      shrink_vectors, expand_vectors, outer_vectors, drop, add_dropped, combine, column_grads, transpose, nullptr};
 }

@@ -34,7 +34,15 @@ struct element<const T*> {
   typedef T type;
 };
 
-LK_INLINE vf broadcast(float s) { return vf{} + s; }
+LK_INLINE vf broadcast(float s) {
+#if LK_WIDTH == 16
+  return (vf)_mm512_set1_ps(s);
+#elif LK_WIDTH == 8
+  return (vf)_mm256_set1_ps(s);
+#else
+  return s - vf{};  // s + 0 would lose the sign of -0
+#endif
+}
 
 LK_INLINE vf fma(vf a, vf b, vf c) {
 #if LK_WIDTH == 16
@@ -67,6 +75,30 @@ LK_INLINE float to_float(f16 x) {
 #endif
 }
 
+// Compilers take these conversions apart into several instructions.
+LK_INLINE vu widened(vh h) {
+#if LK_WIDTH == 16
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif LK_WIDTH == 8
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
+}
+LK_INLINE vh narrowed(vu u) {
+#if LK_WIDTH == 16
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
+
+// Asks for what lies `ahead` elements further, which may be past the end of everything.
+template <class T>
+LK_INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch((const void*)((uintptr_t)p + uintptr_t(ahead) * sizeof(T)));
+}
+
 // W contiguous elements as floats.
 LK_INLINE vf load(const float* p) {
   vf v;
@@ -76,7 +108,7 @@ LK_INLINE vf load(const float* p) {
 LK_INLINE vf load(const bf16* p) {
   vh h;
   memcpy(&h, p, sizeof h);
-  return (vf)(__builtin_convertvector(h, vu) << 16);
+  return (vf)(widened(h) << 16);
 }
 LK_INLINE vf load(const f16* p) {
 #if LK_WIDTH == 16
@@ -100,11 +132,15 @@ LK_INLINE vf load_n(const T* p, int n) {
 
 // Round to nearest even, NaN kept.
 LK_INLINE vh to_bf16(vf x) {
+#if defined(LK_ROUNDS_BF16)
+  return (vh)_mm512_cvtneps_pbh((__m512)x);  // subnormals to zero
+#else
   vu u = (vu)x;
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu nan = (u >> 16) | 0x40;
   vi is_nan = x != x;
-  return __builtin_convertvector((vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded)), vh);
+  return narrowed((vu)((is_nan & (vi)nan) | (~is_nan & (vi)rounded)));
+#endif
 }
 
 LK_INLINE void store(float* p, vf x) { memcpy(p, &x, sizeof x); }
@@ -161,15 +197,6 @@ LK_INLINE vf load_n(const bf16* p, int n) {
 }
 #endif
 
-// Sum of the lanes, halves first: the same order on every set for the same width.
-LK_INLINE float reduce(vf x) {
-  float t[W];
-  store(t, x);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] += t[i + half];
-  return t[0];
-}
-
 template <int... I>
 struct indices {};
 template <int N, int... I>
@@ -203,6 +230,41 @@ LK_INLINE V evens(V a, V b, indices<I...>) {
 template <class V, int... I>
 LK_INLINE V odds(V a, V b, indices<I...>) {
   return pick(a, b, indices<(2 * I + 1)...>{});
+}
+
+// Of each group of 2 * HALF lanes of a, then of b, its first half or its second.
+template <int HALF, class V, int... I>
+LK_INLINE V first_halves(V a, V b, indices<I...>) {
+  return pick(a, b, indices<(I / HALF * 2 * HALF + I % HALF)...>{});
+}
+template <int HALF, class V, int... I>
+LK_INLINE V second_halves(V a, V b, indices<I...>) {
+  return pick(a, b, indices<(I / HALF * 2 * HALF + I % HALF + HALF)...>{});
+}
+
+constexpr int reversed_bits(int i, int n) { return n == 1 ? 0 : i % 2 * n / 2 + reversed_bits(i / 2, n / 2); }
+
+// One level of `reduce_all`, and the levels after it.
+template <int HALF, int N, class L>
+LK_INLINE vf reduce_level(const vf (&v)[N], L lanes) {
+  if constexpr (HALF == 0) {
+    return v[0];
+  } else if constexpr (N == 1) {
+    vf sum[1] = {first_halves<HALF>(v[0], v[0], lanes) + second_halves<HALF>(v[0], v[0], lanes)};
+    return reduce_level<HALF / 2>(sum, lanes);
+  } else {
+    vf sums[N / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i)
+      sums[i] = first_halves<HALF>(v[i], v[i + N / 2], lanes) + second_halves<HALF>(v[i], v[i + N / 2], lanes);
+    return reduce_level<HALF / 2>(sums, lanes);
+  }
+}
+
+// The sums of the lanes of N vectors, halves first: of v[reversed_bits(i, N)] in lane i. N a power of two, at most W.
+template <int N>
+LK_INLINE vf reduce_all(const vf (&v)[N]) {
+  return reduce_level<W / 2>(v, typename make_indices<W>::type{});
 }
 
 // N rows of W lanes to one run of W * N lanes, lane-major: out[lane * N + row]. N a power of two; N = W transposes.

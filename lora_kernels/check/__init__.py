@@ -23,10 +23,11 @@ from ..ops._dispatch import Op, extension_error
 from ..select import BACKENDS, choose
 from ..testing import assert_within_rule, poison, rms, threads
 from .calls import Call
+from .lora_linear import LORA_LINEAR
 from .low_rank import LOW_RANK
 from .transforms import TRANSFORMS
 
-FAMILIES = {"low_rank": LOW_RANK, "transforms": TRANSFORMS}
+FAMILIES = {"low_rank": LOW_RANK, "lora_linear": LORA_LINEAR, "transforms": TRANSFORMS}
 
 
 class Target(NamedTuple):

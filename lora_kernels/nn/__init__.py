@@ -1,5 +1,5 @@
 """Thin modules over the ops, for models built without an adapter library."""
 
-from .low_rank import LoRALinear, MultiLoRALinear
+from .low_rank import DoRALinear, LoRALinear, MultiLoRALinear
 
-__all__ = ["LoRALinear", "MultiLoRALinear"]
+__all__ = ["DoRALinear", "LoRALinear", "MultiLoRALinear"]

@@ -6,6 +6,16 @@ from the formula, one row at a time, and shares no code with the package; ``plai
 plain PyTorch in the sample's dtype, and its error is the yardstick of the error rule.
 """
 
+from .lora_linear import (
+    LORA_LINEAR_DTYPES,
+    LORA_LINEAR_LEAVES,
+    lora_linear_expected,
+    lora_linear_gradients,
+    lora_linear_oracle,
+    lora_linear_plain,
+    lora_linear_samples,
+    lora_linear_upstream,
+)
 from .low_rank import (
     LOW_RANK_DTYPES,
     Dtypes,
@@ -23,6 +33,8 @@ from .timing import ratio, take_turns
 from .transforms import TRANSFORM_DTYPES, wht_noise, wht_oracle, wht_plain, wht_samples
 
 __all__ = [
+    "LORA_LINEAR_DTYPES",
+    "LORA_LINEAR_LEAVES",
     "LOW_RANK_DTYPES",
     "Dtypes",
     "Sample",
@@ -32,6 +44,12 @@ __all__ = [
     "assert_within_rule",
     "bitwise_equal",
     "expand_oracle",
+    "lora_linear_expected",
+    "lora_linear_gradients",
+    "lora_linear_oracle",
+    "lora_linear_plain",
+    "lora_linear_samples",
+    "lora_linear_upstream",
     "low_rank_oracle",
     "low_rank_plain",
     "low_rank_samples",

@@ -99,7 +99,7 @@ def test_both_backends_agree(cpu_backend):
     fast = call()
     with lk.backend("reference"):
         slow = call()
-    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-4)  # sums of 700 terms
     assert lora_plan_.backends() >= {"reference", "cpu"}
 
 

@@ -82,15 +82,20 @@ def run(instrumented, tmp_path, *arguments):
     return int(re.search(r"(\d+) passed", report)[1])
 
 
-NAMES = ("low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers", "lora_linear")
+NAMES = (
+    "low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers", "lora_linear",
+    "lora_linear_training", "lora_linear_bad_input",
+)  # fmt: skip
 FILES = [HERE / f"test_{name}.py" for name in NAMES]
 
 
 def test_samples(instrumented, tmp_path):
-    """Every sample forward and backward in each instruction set, and with threads; bad input; plans; layers."""
+    """Every sample forward and backward in each instruction set, and with threads; masks; bad input; plans; layers."""
     threaded = "low_rank_forward and two_threads and not fp16 and not y32"
+    training = "test_lora_linear_training and (two_threads or mask or sizes or shapes) and not reference"
     keep = (
-        f"every_instruction_set or unforced or (test_plan and cpu) or test_layers or test_lora_linear or ({threaded})"
+        "every_instruction_set or unforced or (test_plan and cpu) or test_layers or test_lora_linear.py "
+        f"or compiled_kernels or ({training}) or ({threaded})"
     )
     assert run(instrumented, tmp_path, *FILES, "-k", keep) > 400
 

@@ -14,6 +14,8 @@ from lora_kernels.select import (
     cuda_is_faster,
     expand_grad_tiles,
     expand_tiles,
+    gradient_rows,
+    in_grad_tiles,
     makes_v_again,
     outer_tiles,
     runs_on,
@@ -163,6 +165,22 @@ def test_the_tiles_of_gradients():
         assert outer.size % outer.block_p == expand.size % expand.block_p == 0
         assert expand.block_r >= R or not expand.fused
     assert expand_grad_tiles(16, torch.bfloat16, torch.bfloat16, Gpu()).fused
+
+
+def test_the_tiles_of_gradients_that_enter_x():
+    for rows, K, R, (x, factors), gpu in itertools.product(SIZES, (63, 4096), RANKS, DTYPES, GPUS):
+        t = in_grad_tiles(rows, K, R, x, factors, gpu)
+        assert powers_of_two(t.block_m, t.block_k, t.block_r)
+        assert t.block_k % 8 == 0, "a block of the mask"
+        assert t.size % t.block_m == 0
+        assert t.block_r >= min(R, 32)
+    assert in_grad_tiles(8192, 4096, 16, torch.bfloat16, torch.bfloat16, GPUS[2]).size == 512
+
+
+def test_few_rows_are_shared_by_more_programs():
+    sizes = [gradient_rows(rows, 16, 512, GPUS[2]) for rows in (100, 1000, 2000, 8192)]
+    assert sizes == [64, 128, 256, 512]
+    assert gradient_rows(100, 1000, 512, GPUS[2]) == 512
 
 
 def test_only_an_expand_with_one_block_of_ranks_adds_parts_for_many_columns():
