@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command of under 9 minutes, with no network:
-#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|transforms|tune|bench] [--dry-run]
+#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|transforms|tune|training|bench] [--dry-run]
 # A stage ends at its limit, the benchmarks at the end of the 9 minutes. OUT gets a log of each stage and
-# gpu_low_rank.json and gpu_transforms.json, which belong in benchmarks/results/<the device they name>/, and
-# <device>.json, which belongs in kernels/configs/. A stage that OUT/done lists is not run again: delete it to start over.
+# gpu_low_rank.json, gpu_lora_linear.json and gpu_transforms.json, which belong in
+# benchmarks/results/<the device they name>/, and <device>.json, which belongs in kernels/configs/. A stage that
+# OUT/done lists is not run again: delete it to start over.
 # --dry-run takes the same path on the CPU with tiny shapes. PYTHON names an interpreter with torch, Triton and pytest,
 # LORA_KERNELS_PEERS a folder of other projects' kernels to time beside ours (benchmarks/peers.py).
 set -uo pipefail
@@ -79,6 +80,7 @@ for tool in memcheck racecheck; do
 done
 stage transforms 40 "$PYTHON" benchmarks/gpu_transforms.py --out "$OUT" --seconds 30 $DRY
 stage tune 45 "$PYTHON" benchmarks/tune.py --out "$OUT" $DRY
+stage training 40 "$PYTHON" benchmarks/gpu_lora_linear.py --out "$OUT" --seconds 28 $DRY
 left=$((WHOLE - SECONDS))
 stage bench $left "$PYTHON" benchmarks/gpu_low_rank.py --out "$OUT" --seconds $((left - 30)) \
   ${LORA_KERNELS_PEERS:+--peers "$LORA_KERNELS_PEERS"} $DRY

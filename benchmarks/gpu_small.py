@@ -18,6 +18,12 @@ for dtype in (torch.bfloat16, torch.float32):
         weights = torch.rand(M, 2, device="cuda", requires_grad=True)
         pairs = torch.randint(-1, 3, (M, 2), device="cuda")
         lk.multi_lora(x, A[0], B[0], pairs, weights=weights).float().sum().backward()
+        for R in (9, 40, 150):
+            W, a, b = make(70, 100).detach(), make(R, 100), make(70, R)
+            more = {"bias": make(70), "dropout": 0.5, "training": True}
+            lk.lora_linear(x, W, a, b, **more).float().sum().backward()
+            for p in (0.0, 0.5):
+                lk.lora_linear(x, W, a, b, **{**more, "dropout": p}, magnitude=make(70)).float().sum().backward()
         with torch.no_grad():
             plan, y = lk.BatchPlan.from_ids(ids, 3), torch.zeros(M, 103, device="cuda", dtype=dtype)
             for _ in range(2):

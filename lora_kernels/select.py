@@ -137,12 +137,23 @@ class ExpandGradTiles:
 
 
 def shrink_tiles(
-    pairs: int, L: int, K: int, R: int, S: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu
+    pairs: int,
+    L: int,
+    K: int,
+    R: int,
+    S: int,
+    x: torch.dtype,
+    factors: torch.dtype,
+    gpu: Gpu,
+    dropout: bool = False,
 ) -> ShrinkTiles:
-    """For ``pairs`` rows over ``L`` adapters of ``S`` slices ``[R, K]``; sizes were the fastest on an H100."""
+    """For ``pairs`` rows over ``L`` adapters of ``S`` slices ``[R, K]``; sizes were the fastest on an H100.
+
+    ``dropout``: of x, which takes registers.
+    """
     half = x == factors != torch.float32
     block_k = 128 if half else 64
-    block_r = min(max(_power_of_2(R), 16), 128 if half else 32)
+    block_r = min(max(_power_of_2(R), 16), (64 if dropout and gpu.amd else 128) if half else 32)
     chunk = 256 if K <= 4096 else max(_power_of_2(-(-K // 32)), 512)
     chunks = max(-(-K // chunk), 1)
     tall = _tall(pairs, L)
@@ -153,7 +164,7 @@ def shrink_tiles(
     # Nor of masters, whose parts take the registers.
     slices, most = _power_of_2(S), 128 if half else 32 if x == factors else 0
     together = slices if tall and not gpu.amd and block_r >= R and slices * block_r <= most else 1
-    wide = tall and not half and block_r > 16  # too many registers for four warps
+    wide = tall and block_r > (64 if half and dropout else 128 if half else 16)  # too many registers for four warps
     stage = (block_m + together * block_r) * block_k * max(x.itemsize, factors.itemsize)
     return ShrinkTiles(
         block_m=block_m,
@@ -244,19 +255,56 @@ def outer_tiles(U: int) -> OuterTiles:
     )
 
 
-def expand_grad_tiles(R: int, dy: torch.dtype, factors: torch.dtype, gpu: Gpu) -> ExpandGradTiles:
-    """For dy of any width and factors of rank ``R``."""
+def expand_grad_tiles(
+    R: int, dy: torch.dtype, factors: torch.dtype, gpu: Gpu, columns: bool = False
+) -> ExpandGradTiles:
+    """For dy of any width and factors of rank ``R``; ``columns``: with sums over its columns beside."""
     half = dy == factors != torch.float32
     block_r = min(max(_power_of_2(R), 16), 64)
     return ExpandGradTiles(
         fused=(16 if gpu.amd else 32) >= R and dy != torch.float16,
         size=512 if block_r == 16 else 1024,
         block_p=32,
-        block_n=256 if half else 128,
+        block_n=(256 if half else 128) // (2 if columns and (block_r > 16 or not half) else 1),
         block_r=block_r,
         num_warps=8,
         num_stages=2,
     )
+
+
+@dataclass(frozen=True)
+class InGradTiles:
+    """How the Triton gradients that enter x cut their work: up to ``size`` rows a program, ``block_m`` at a time."""
+
+    size: int
+    block_m: int
+    block_k: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+def in_grad_tiles(rows: int, K: int, R: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu) -> InGradTiles:
+    """For dx and x ``[rows, K]`` and an adapter of rank ``R``: what leaves registers for two programs at a time."""
+    half = x == factors == torch.bfloat16  # all others take twice the registers
+    block_r = min(max(_power_of_2(R), 16), 64 if half else 32)
+    block_k = 64 if gpu.amd else (4096 if half else 2048) // block_r
+    return InGradTiles(
+        size=gradient_rows(rows, -(-K // block_k), 512 if block_r == 16 else 1024, gpu),
+        block_m=32 if gpu.amd else 16,
+        block_k=block_k,
+        block_r=block_r,
+        num_warps=8 if block_k == 256 or (x == torch.float32 and not gpu.amd) else 4,
+        num_stages=1 if gpu.amd else 2,
+    )
+
+
+def gradient_rows(rows: int, blocks: int, most: int, gpu: Gpu) -> int:
+    """Up to how many rows a program of a gradient takes, of ``blocks`` of columns: fewer where programs are few."""
+    size = most
+    while size > 64 and -(-rows // size) * blocks * 4 < gpu.programs:
+        size //= 2
+    return size
 
 
 def _power_of_2(n: int) -> int:

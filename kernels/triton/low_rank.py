@@ -225,11 +225,27 @@ def _stacked(factors: Sequence[Tensor], rank_axis: int) -> Tensor:
     return stack
 
 
-def _shrink(x: Tensor, A: _Factors, plan, ranks, pairs: int, whole: bool, packed: int = 1) -> Tensor:
-    """The parts of v, ``[C, S, P, R]``, to be added in order; ``whole`` = also zero for pairs without an adapter."""
+def _shrink(
+    x: Tensor,
+    A: _Factors,
+    plan,
+    ranks,
+    pairs: int,
+    whole: bool,
+    packed: int = 1,
+    seed: Tensor | None = None,
+    threshold: int = 0,
+) -> Tensor:
+    """The parts of v, ``[C, S, P, R]``, to be added in order.
+
+    Args:
+        whole: also zero for pairs without an adapter.
+        packed: how many slices a stack holds.
+        seed, threshold: of x's dropout.
+    """
     rows = reference.rows_of(x)
     L, R, K, S = A.adapters, A.rank, rows.shape[1], len(A.widths)
-    tile = shrink_tiles(pairs, L, K, R, S, x.dtype, A.dtype, _device.gpu(x.device))
+    tile = shrink_tiles(pairs, L, K, R, S, x.dtype, A.dtype, _device.gpu(x.device), seed is not None)
     make = torch.zeros if not L or (whole and plan is not None) else torch.empty
     parts = make(tile.split, S, pairs, R, dtype=torch.float32, device=x.device)
     if not parts.numel() or not L:
@@ -248,6 +264,7 @@ def _shrink(x: Tensor, A: _Factors, plan, ranks, pairs: int, whole: bool, packed
         PRECISION="ieee" if K < 32 else _device.precision(),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
         **_device.overlap(x.device, True),
+        seed=seed, threshold=None if seed is None else threshold,
     )  # fmt: skip
     return parts
 
@@ -259,6 +276,19 @@ def _whole(parts: Tensor) -> Tensor:
     v = torch.empty_like(parts[0])
     sum_into(v.flatten(0, 1), parts.flatten(1, 2))
     return v
+
+
+class Columns(NamedTuple):
+    """What an expand of one slice does beside: y is scaled by column first, the others are added; see its kernel."""
+
+    column_scale: Tensor | None = None
+    other: Tensor | None = None  # [M, N]
+    other_scale: Tensor | None = None
+    bias: Tensor | None = None
+    v_sum: Tensor | None = None
+
+
+NO_COLUMNS = Columns()
 
 
 def _expand_(
@@ -274,6 +304,7 @@ def _expand_(
     packed: bool = False,
     summed: bool = False,
     overlap: bool = False,
+    columns: Columns = NO_COLUMNS,
 ) -> None:
     """y += s · w · (the sum of parts ``[C, S, P, R]``) Bᵀ.
 
@@ -281,6 +312,7 @@ def _expand_(
         packed: one plane of v holds all slices, each at the ranks before it.
         summed: all slices go into the same columns.
         overlap: the kernel before is the shrink, which saw to it that all but v is there.
+        columns: of one slice that is no mixture.
     """
     pairs, width = parts.shape[2], parts.shape[3]
     if not y.numel() or not parts.numel() or not B.adapters:
@@ -296,22 +328,26 @@ def _expand_(
         out = reference.rows_of(y)
         overlap = overlap and out.data_ptr() == y.data_ptr()  # else the kernel before is y's copy
         L, R, S = B.adapters, B.rank, len(B.widths)
-        columns = B.widths[:1] if summed else B.widths
-        tile = expand_tiles(pairs, L, sum(columns), R, S if summed else 1, B.dtype, _device.gpu(y.device))
+        widths = B.widths[:1] if summed else B.widths
+        gpu = _device.gpu(y.device)
+        # What lies beside takes the registers of a second term; on AMD more warps would not divide the work.
+        terms = S if summed else 1 if columns.other is None or gpu.amd else 2
+        tile = expand_tiles(pairs, L, sum(widths), R, terms, B.dtype, gpu)
         per_program, v_grain = tile.block_n * tile.group, 1 if packed or width % 8 else 8
-        grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in columns))
+        grid = (tiles(pairs, L, tile.block_m, plan), sum(triton.cdiv(n, per_program) for n in widths))
         launch(
             expand_kernel, grid,
             out, parts, B.tensors, or_else(plan, parts), or_else(scaling, parts), or_else(ranks, parts), B.ranks,
-            or_else(_flat(weights), parts), pairs, L, R, scale, columns,
+            or_else(_flat(weights), parts), pairs, L, R, scale, widths,
             *out.stride(), B.by_adapter, B.grains, B.by_rank, width // v_grain, *_strides(scaling), *_strides(ranks),
-            S=len(columns), TERMS=S if summed else 1, SPLIT=parts.shape[0], GROUP=tile.group, STAGES=tile.num_stages,
+            S=len(widths), TERMS=S if summed else 1, SPLIT=parts.shape[0], GROUP=tile.group, STAGES=tile.num_stages,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
             GRAIN=B.grain, V_GRAIN=v_grain,
             PLANNED=plan is not None, LISTED=B.listed, PACKED=packed, SCALED=scaling is not None,
             RANKED=ranks is not None, WEIGHTED=weights is not None, ONE_BLOCK_OF_RANKS=tile.block_r >= R,
             PRECISION=_device.precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
             **_device.overlap(y.device, overlap),
+            **columns._asdict(), other_m=steps(columns.other)[0], other_n=steps(columns.other)[1],
         )  # fmt: skip
     if out.data_ptr() != y.data_ptr():
         y.copy_(out.view(y.shape))
@@ -348,36 +384,78 @@ def _expand_grad(
 ) -> Tensor:
     """dv = dy B into ``dv [P, R]``; returns dB = s Σ w dyᵀ v, ``[L, N, R]``."""
     rows = reference.rows_of(dy)
-    (pairs, R), N, L = v.shape, rows.shape[1], B.adapters
-    tile = expand_grad_tiles(R, dy.dtype, B.dtype, _device.gpu(dy.device))
-    grid = (tiles(pairs, L, tile.size, plan), triton.cdiv(N, tile.block_n))
+    size = expand_grad_tiles(v.shape[1], dy.dtype, B.dtype, _device.gpu(dy.device)).size
+    planes, parts, _ = _expand_grad_parts(rows, v, B, plan, ranks, weights, dtype, whole, size)
+    if rows.shape[1]:
+        sum_into(dv, planes)
+    else:
+        dv.zero_()
+    return _gather(parts, B.adapters, plan, scaling, scale, v.shape[0], size, dtype)
+
+
+class GradColumns(NamedTuple):
+    """What the gradients of an expand of one adapter make beside, see their kernel: t of ``y``, dz of a scale."""
+
+    y: Tensor | None = None  # [M, N]
+    bias: Tensor | None = None
+    column_scale: Tensor | None = None
+    dz: Tensor | None = None
+
+
+NO_GRAD_COLUMNS = GradColumns()
+
+
+def _expand_grad_parts(
+    rows: Tensor,
+    v: Tensor,
+    B: _Factors,
+    plan,
+    ranks,
+    weights,
+    dtype: torch.dtype,
+    whole: bool,
+    size: int,
+    *,
+    need_v: bool = True,
+    need_B: bool = True,
+    columns: GradColumns = NO_GRAD_COLUMNS,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is to be added up of dv, dB and t: ``[C, P, R]``, ``[tiles, N, R]`` and ``[tiles, N]``, or None."""
+    (pairs, R), N, L, y = v.shape, rows.shape[1], B.adapters, columns.y
+    tile = expand_grad_tiles(R, rows.dtype, B.dtype, _device.gpu(rows.device), columns is not NO_GRAD_COLUMNS)
+    grid = (tiles(pairs, L, size, plan), triton.cdiv(N, tile.block_n))
     make = torch.zeros if whole and plan is not None else torch.empty
-    planes = make(grid[1], pairs, R, dtype=torch.float32, device=dy.device)
-    parts = torch.empty(grid[0], N, R, dtype=torch.float32, device=dy.device)
-    if parts.numel() and planes.numel():
+    planes = make(grid[1], pairs, R, dtype=torch.float32, device=rows.device) if need_v else None
+    parts = torch.empty(grid[0], N, R, dtype=torch.float32, device=rows.device) if need_B else None
+    t = None if y is None else torch.empty(grid[0], N, dtype=torch.float32, device=rows.device)
+    if v.numel() and grid[0] and N:
         launch(
             expand_grad_kernel, grid,
             planes, parts, rows, v, B.tensors, or_else(plan, v), or_else(ranks, v), B.ranks,
             or_else(_flat(weights), v), pairs, reference.pairs_per_row(pairs, rows.shape[0]), L, N, R,
             *rows.stride(), B.by_adapter, B.grains, B.by_rank, 0 if ranks is None else ranks.stride(0),
-            SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
+            SIZE=size, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r, BLOCK_L=block_l(L),
             GRAIN=B.grain, PLANNED=plan is not None, LISTED=B.listed, RANKED=ranks is not None,
             WEIGHTED=weights is not None, PARTS=_parts(dtype), PRECISION=_device.precision(),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+            t=t, **columns._asdict(), y_m=steps(y)[0], y_n=steps(y)[1],
         )  # fmt: skip
-    if N:
-        sum_into(dv, planes)
-    else:
-        dv.zero_()
-    return _gather(parts, L, plan, scaling, scale, pairs, tile.size, dtype)
+    return planes, parts, t
 
 
 def _outer(u: Tensor, w: Tensor, L: int, plan, scaling, weights, scale, pairs: int, dtype: torch.dtype) -> list[Tensor]:
     """G[s][l] = s Σ w_p u[s]ᵀ w over the pairs of adapter l for u ``[S, P or M, U]``: S of ``[L, U, W]``."""
+    S, size = u.shape[0], outer_tiles(u.shape[0] * u.shape[2]).size
+    parts = _outer_parts(u, w, L, plan, weights, pairs, dtype, size)
+    return [_gather(parts[:, s], L, plan, reference.of_slice(scaling, s), scale, pairs, size, dtype) for s in range(S)]
+
+
+def _outer_parts(u: Tensor, w: Tensor, L: int, plan, weights, pairs: int, dtype: torch.dtype, size: int) -> Tensor:
+    """The sums over tiles of up to ``size`` pairs: ``[tiles, S, U, W]``."""
     right = reference.rows_of(w)
     S, R, W = u.shape[0], u.shape[2], right.shape[1]
     tile = outer_tiles(S * R)
-    grid = (tiles(pairs, L, tile.size, plan), triton.cdiv(S * R, tile.block_u), triton.cdiv(W, tile.block_w))
+    grid = (tiles(pairs, L, size, plan), triton.cdiv(S * R, tile.block_u), triton.cdiv(W, tile.block_w))
     parts = torch.empty(grid[0], S, R, W, dtype=torch.float32, device=u.device)
     if parts.numel():
         launch(
@@ -385,14 +463,12 @@ def _outer(u: Tensor, w: Tensor, L: int, plan, scaling, weights, scale, pairs: i
             parts, u, right, or_else(plan, parts), or_else(_flat(weights), parts),
             pairs, reference.pairs_per_row(pairs, u.shape[1]), reference.pairs_per_row(pairs, right.shape[0]),
             L, R, S * R, W, *u.stride(), *right.stride(),
-            SIZE=tile.size, BLOCK_P=tile.block_p, BLOCK_U=tile.block_u, BLOCK_W=tile.block_w, BLOCK_L=block_l(L),
+            SIZE=size, BLOCK_P=tile.block_p, BLOCK_U=tile.block_u, BLOCK_W=tile.block_w, BLOCK_L=block_l(L),
             SLICED=S > 1, PLANNED=plan is not None, WEIGHTED=weights is not None,
             PARTS=_parts(dtype), PRECISION=_device.precision(),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-    return [
-        _gather(parts[:, s], L, plan, reference.of_slice(scaling, s), scale, pairs, tile.size, dtype) for s in range(S)
-    ]
+    return parts
 
 
 def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size: int, dtype) -> Tensor:
@@ -408,6 +484,11 @@ def _gather(parts: Tensor, L: int, plan, scaling, scale: float, pairs: int, size
             num_warps=4, num_stages=1,
         )  # fmt: skip
     return out
+
+
+def steps(rows: Tensor | None) -> tuple[int | None, int | None]:
+    """The strides of ``rows``."""
+    return (None, None) if rows is None else (rows.stride(0), rows.stride(1))
 
 
 def _parts(result: torch.dtype) -> int:

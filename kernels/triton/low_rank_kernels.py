@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .dropout import kept
 from .grouped import dot, pairs_at, run, select
 
 
@@ -47,9 +48,12 @@ def _rank(ranks, widths, s, adapter, R, ranks_s, ranks_l, LISTED: tl.constexpr, 
 def _sums(
     x_at, a_at, x_step, a_step, kk, K, wide, needed,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
-    COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, PRECISION: tl.constexpr, key=None, threshold=None, row=None, first=None,
 ):  # fmt: skip
-    """x Aᵀ over CHUNKS chunks of K, each summed by itself, then added in order; A is read in the columns ``wide``."""
+    """x Aᵀ over CHUNKS chunks of K, each summed by itself, then added in order; A is read in the columns ``wide``.
+
+    With a ``key`` x is dropped out; its rows are ``row``, its first column ``first``.
+    """
     total = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     if needed:
@@ -62,6 +66,9 @@ def _sums(
                 a_block = tl.load(a_at, mask=wide[None, :] & inside[:, None], other=0.0)
                 x_block = tl.load(x_at, mask=inside[None, :], other=0.0)
                 kk += BLOCK_K
+            if key is not None:
+                mask = kept(key, threshold, row, first + i * BLOCK_K, K, BLOCK_K)
+                x_block = tl.where(mask, x_block, 0.0)
             acc = dot(x_block, a_block, acc, PRECISION)
             if CHUNKS > 1:
                 last = (i + 1) % (CHUNK // BLOCK_K) == 0
@@ -74,7 +81,7 @@ def _sums(
     return tl.where(wide[None, :], total, 0.0)
 
 
-@triton.jit(do_not_specialize=("pairs", "k"))
+@triton.jit(do_not_specialize=("pairs", "k", "threshold"))
 def shrink_kernel(
     v, x, A, plan, ranks, widths, pairs, k, L, K, R,
     x_m, x_k, a_l, a_r, a_k, ranks_s, ranks_l,
@@ -82,11 +89,13 @@ def shrink_kernel(
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
     PLANNED: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    seed=None, threshold=None,
 ):  # fmt: skip
     """v[c, s, p, r] = the sum of x a over the CHUNKS chunks of K from chunk c · CHUNKS on, zero past the live rank.
 
     A program takes BLOCK_R ranks of one slice, or of SLICES slices side by side, a power of two that is at least S.
-    PACKED: how many slices a stack holds one after the other, each as high as its adapter's rank.
+    PACKED: how many slices a stack holds one after the other, each as high as its adapter's rank. With a ``seed`` x is
+    dropped out.
     """
     if OVERLAP:
         gdc_wait()
@@ -119,9 +128,13 @@ def shrink_kernel(
     needed = True
     if SLICES == 1:
         needed = first_r < rank
+    key = None
+    if seed is not None:
+        key = tl.load(seed)
     total = _sums(
         x_at, a_at, x_step, a_step, kk, K, wide, needed,
         CHUNK, CHUNKS, EVEN_K, BLOCK_M, BLOCK_K, SLICES * BLOCK_R, PRECISION,
+        key, threshold, pair // k, tl.program_id(1) * (CHUNK * CHUNKS),
     )  # fmt: skip
     plane = (tl.program_id(1) * S + s).to(tl.int64) * pairs  # [columns], or one for all
     if SLICES > 1:
@@ -150,9 +163,12 @@ def _rank_block(at, stride, r, rank, inside, GRAIN: tl.constexpr, RANKED: tl.con
 @triton.jit
 def _v_block(
     v_at, r, rank, size, factor, weights, pair, live,
-    SPLIT: tl.constexpr, GRAIN: tl.constexpr, WEIGHTED: tl.constexpr,
+    SPLIT: tl.constexpr, GRAIN: tl.constexpr, WEIGHTED: tl.constexpr, sum_at=None, writes=None,
 ):  # fmt: skip
-    """s · w · Σ_c v[c] for a tile of pairs and a block of ranks, loaded as :func:`_rank_block` loads B's."""
+    """s · w · Σ_c v[c] for a tile of pairs and a block of ranks, loaded as :func:`_rank_block` loads B's.
+
+    A program that ``writes`` stores Σ_c v[c] at ``sum_at``.
+    """
     mask = live[:, None] & (r // GRAIN * GRAIN < rank)[None, :]
     v = tl.zeros([live.shape[0], r.shape[0]], tl.float32)
     for c in tl.static_range(SPLIT):
@@ -160,6 +176,9 @@ def _v_block(
         v = part if c == 0 else v + part
     if GRAIN > 1:
         v = tl.where((r < rank)[None, :], v, 0.0)
+    if sum_at is not None:
+        if writes:
+            tl.store(sum_at[:, None] + r[None, :], v, mask=mask)
     v *= factor
     if WEIGHTED:
         v *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
@@ -191,11 +210,15 @@ def expand_kernel(
     V_GRAIN: tl.constexpr, PLANNED: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, SCALED: tl.constexpr,
     RANKED: tl.constexpr,
     WEIGHTED: tl.constexpr, ONE_BLOCK_OF_RANKS: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    column_scale=None, other=None, other_m=None, other_n=None, other_scale=None, bias=None, v_sum=None,
 ):  # fmt: skip
     """y[p] += s · w · (Σ_c v[c, s, p]) Bᵀ for a tile of pairs and GROUP blocks of one slice's columns.
 
     TERMS slices are summed into the same columns. PACKED: slice s has its ranks at s · rank of one plane of v. The
     strides b_n and v_p count GRAIN and V_GRAIN elements.
+
+    Of one slice, y is first scaled column by column, and ``other``, scaled by its own, and ``bias`` are added with the
+    rest; Σ_c v[c] goes to ``v_sum``.
     """
     v_p *= V_GRAIN
     adapter, start, stop = run(plan, tl.program_id(0), pairs, L, BLOCK_M, BLOCK_L, PLANNED)
@@ -222,15 +245,23 @@ def expand_kernel(
         v_at = v + pair * v_p + s * rank
     else:
         v_at = v + (pairs.to(tl.int64) * s + pair) * v_p
+    sum_at = None
+    if v_sum is not None:
+        sum_at = v_sum + pair * v_p
     if OVERLAP and not early:
         gdc_wait()
     if hoisted:
-        v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
+        v_block = _v_block(
+            v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED, sum_at, tl.program_id(1) == 0
+        )
     for j in tl.range(0, GROUP, num_stages=STAGES):
         n = (group * GROUP + j) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = live[:, None] & (n < width)[None, :]
         y_at = y + pair[:, None] * y_m + (column + n).to(tl.int64)[None, :] * y_n
         before = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
+        if other is not None:
+            other_at = other + pair[:, None] * other_m + n.to(tl.int64)[None, :] * other_n
+            beside = tl.load(other_at, mask=inside, other=0.0).to(tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for term in tl.static_range(TERMS):
             if TERMS > 1:  # each anew, term 0 too: a loop carries what it assigns
@@ -248,14 +279,28 @@ def expand_kernel(
                     if OVERLAP:
                         gdc_wait()
                 if not hoisted:
-                    v_block = _v_block(v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
+                    v_block = _v_block(
+                        v_at, r, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED,
+                        sum_at, tl.program_id(1) + j == 0,
+                    )  # fmt: skip
                 acc = dot(v_block, b_block, acc, PRECISION, 2)
             else:
                 for first in range(0, rank, BLOCK_R):
                     rr = first + r
                     b_block = _rank_block(b_at, step_r, rr, rank, n < width, GRAIN, RANKED)
-                    v_part = _v_block(v_at, rr, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED)
+                    v_part = _v_block(
+                        v_at, rr, rank, size, factor, weights, pair, live, SPLIT, V_GRAIN, WEIGHTED,
+                        sum_at, tl.program_id(1) + j == 0,
+                    )  # fmt: skip
                     acc = dot(v_part, b_block, acc, PRECISION, 2)
+        if column_scale is not None:
+            before *= tl.load(column_scale + n, mask=n < width, other=0.0)[None, :]
+        if other is not None:
+            if other_scale is not None:
+                beside *= tl.load(other_scale + n, mask=n < width, other=0.0)[None, :]
+            before += beside
+        if bias is not None:
+            before += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
         tl.store(y_at, (before + acc).to(y.dtype.element_ty), mask=inside)
 
 
@@ -313,11 +358,14 @@ def expand_grad_kernel(
     SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
     GRAIN: tl.constexpr, PLANNED: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr, WEIGHTED: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
+    t=None, y=None, y_m=None, y_n=None, bias=None, dz=None, column_scale=None,
 ):  # fmt: skip
     """Both gradients that need dy, in one pass over it: for a block of columns of one slice and up to SIZE pairs,
 
     dv[c, p] = dy B over the columns c of the program, and dB[tile] = Σ_p w_p dyᵀ v over its pairs, in order. The stride
     b_n counts GRAIN elements.
+
+    In the same pass t[tile] = Σ_p dy∘(y - bias) and dz = column_scale∘dy; what is None is not made.
     """
     tile = tl.program_id(0)
     adapter, start, stop = run(plan, tile, pairs, L, SIZE, BLOCK_L, PLANNED)
@@ -326,22 +374,44 @@ def expand_grad_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     rank = _rank(ranks, widths, 0, adapter, R, 0, ranks_l, LISTED, RANKED)
-    b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64) * (_stride(b_n, 0, adapter, LISTED) * GRAIN)
-    b_block = _rank_block(b_at, _stride(b_r, 0, adapter, LISTED), r, rank, n < N, GRAIN, RANKED)
+    if dv is not None:
+        b_at = _factor(B, b_l, 0, adapter, LISTED) + n.to(tl.int64) * (_stride(b_n, 0, adapter, LISTED) * GRAIN)
+        b_block = _rank_block(b_at, _stride(b_r, 0, adapter, LISTED), r, rank, n < N, GRAIN, RANKED)
     acc = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    if t is not None:
+        products = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+        shift = tl.zeros([BLOCK_N], tl.float32)
+        if bias is not None:
+            shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if dz is not None:
+        factor = tl.load(column_scale + n, mask=n < N, other=0.0)
     for first in range(start, stop, BLOCK_P):
         pair, live = pairs_at(plan, first + tl.arange(0, BLOCK_P), stop, pairs, L, PLANNED)
         dy_at = dy + (pair // k)[:, None] * dy_m + n.to(tl.int64)[None, :] * dy_n
         dy_block = tl.load(dy_at, mask=live[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_P, BLOCK_N]
-        v_block = tl.load(v + pair[:, None] * R + r[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
-        if WEIGHTED:
-            v_block *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
-        part = dot(dy_block, tl.trans(b_block), tl.zeros([BLOCK_P, BLOCK_R], tl.float32), PRECISION)
-        at = dv + (tl.program_id(1).to(tl.int64) * pairs + pair)[:, None] * R + r[None, :]
-        tl.store(at, part, mask=live[:, None] & (r < R)[None, :])
-        acc = dot(tl.trans(v_block), dy_block, acc, PRECISION, PARTS)
-    at = dB + (tile.to(tl.int64) * N + n[:, None]) * R + r[None, :]
-    tl.store(at, tl.trans(acc), mask=(n < N)[:, None] & (r < R)[None, :])
+        if dB is not None:
+            v_block = tl.load(v + pair[:, None] * R + r[None, :], mask=live[:, None] & (r < rank)[None, :], other=0.0)
+            if WEIGHTED:
+                v_block *= tl.load(weights + pair, mask=live, other=0.0)[:, None]
+        if dv is not None:
+            part = dot(dy_block, tl.trans(b_block), tl.zeros([BLOCK_P, BLOCK_R], tl.float32), PRECISION)
+            at = dv + (tl.program_id(1).to(tl.int64) * pairs + pair)[:, None] * R + r[None, :]
+            tl.store(at, part, mask=live[:, None] & (r < R)[None, :])
+        if dB is not None:
+            acc = dot(tl.trans(v_block), dy_block, acc, PRECISION, PARTS)
+        if t is not None:
+            y_at = y + (pair // k)[:, None] * y_m + n.to(tl.int64)[None, :] * y_n
+            y_block = tl.load(y_at, mask=live[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            products += dy_block.to(tl.float32) * (y_block - shift[None, :])
+        if dz is not None:
+            dz_at = dz + (pair // k)[:, None] * N + n[None, :]
+            scaled = (dy_block.to(tl.float32) * factor[None, :]).to(dz.dtype.element_ty)
+            tl.store(dz_at, scaled, mask=live[:, None] & (n < N)[None, :])
+    if dB is not None:
+        at = dB + (tile.to(tl.int64) * N + n[:, None]) * R + r[None, :]
+        tl.store(at, tl.trans(acc), mask=(n < N)[:, None] & (r < R)[None, :])
+    if t is not None:
+        tl.store(t + tile.to(tl.int64) * N + n, tl.sum(products, 0), mask=n < N)
 
 
 @triton.jit(do_not_specialize=("pairs", "u_pairs", "w_pairs", "u_s"))

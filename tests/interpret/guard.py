@@ -6,7 +6,6 @@ trailing arguments: these are passed on unread. Atomics on bf16 are an error of 
 """
 
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from unittest.mock import patch
 
 import numpy as np
@@ -249,16 +248,29 @@ def narrowed(data):
     return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
 
-def in_fp32(original, narrow=True):
+def in_fp32(original):
     """bf16 operands are exact in fp32; of a result only what is a number is rounded back."""
 
     def op(self, *operands, **named):
         result = original(self, *map(widened, operands), **named)
-        if narrow and any(map(is_bf16, operands)) and result.data.dtype.kind == "f":
+        if any(map(is_bf16, operands)) and result.data.dtype.kind == "f":
             return narrowed(result.data)
         return result
 
     return op
+
+
+def alike_in_any_place(original):
+    """In numpy's product the order of a row's sum may depend on the row's place in the tile; fp64 hides it."""
+
+    def create_dot(self, a, b, d, *rest, **named):
+        a, b = widened(a), widened(b)
+        if d.data.dtype != np.float32:
+            return original(self, a, b, d, *rest, **named)
+        product = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
+        return TensorHandle(product + d.data, d.dtype.scalar)
+
+    return create_dot
 
 
 def reduced_in_fp32(original):
@@ -302,7 +314,7 @@ PATCHES = (
     (InterpreterBuilder, ("create_atomic_rmw",), checking_rmw),
     (InterpreterBuilder, ("create_atomic_cas",), checking_cas),
     (InterpreterBuilder, ("binary_op", "unary_op", "create_fma", "create_clampf"), in_fp32),
-    (InterpreterBuilder, ("create_dot",), partial(in_fp32, narrow=False)),  # its result has the accumulator's dtype
+    (InterpreterBuilder, ("create_dot",), alike_in_any_place),
     (InterpreterBuilder, ("cast_impl",), casting),
     (ReduceOps, ("sum", "min_max"), reduced_in_fp32),
     (ScanOps, ("cumsum", "cumprod"), reduced_in_fp32),
