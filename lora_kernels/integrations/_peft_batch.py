@@ -71,7 +71,6 @@ class FusedModelMixin:
         layers = [] if names is None else _receivers(self)
         if (
             not layers
-            or self.training  # type: ignore[attr-defined]
             or kwargs.get("alora_offsets") is not None
             or (isinstance(beams, int) and beams > 1)
             or not _known(names, layers)

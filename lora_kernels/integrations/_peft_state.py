@@ -9,12 +9,17 @@ counter, which is held against what it was. What is kept belongs to the entry ``
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import variants as _variants
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from torch.nn.modules import module as _globals
 from torch.utils.hooks import RemovableHandle
@@ -33,19 +38,34 @@ GLOBAL_HOOKS = (
     _globals._global_backward_pre_hooks,
 )
 
+#: PEFT's variant whose forward is LoRA's, and the one that has a diagonal between A and B; older versions lack them.
+MICA = getattr(_variants, "MiCALinearVariant", None)
+KASA = getattr(_variants, "KasaLinearVariant", None)
+
 Wanted = tuple[str, ...] | None  # the adapters of a mixed batch; None: the layer's active ones
 
 
 class State(NamedTuple):
-    """A layer that can run fast: ``adapters`` are those of the wanted ones that it has, the factors in their order."""
+    """A layer that can run fast: ``adapters`` are those of the wanted ones that it has, the rest in their order."""
 
-    weight: Parameter
+    weight: Tensor | None  # [N, K], None where the base layer's own forward must run
     bias: Tensor | None
     A: list[Tensor]
     B: list[Tensor]
     scales: tuple[float, ...]
     adapters: tuple[str, ...]
     backward_hooks: bool
+    dropouts: tuple[float, ...]  # the probabilities in force
+    biases: tuple[Tensor | None, ...]  # of lora_B
+    magnitude: Tensor | None  # of DoRA
+    norms: list[Any]  # what ‖W‖² was computed of, and ‖W‖²
+    cores: tuple[Tensor | None, ...]  # [R], the diagonal of KaSA
+
+    @property
+    def bare(self) -> bool:
+        """Whether an adapter is its factors and its scale, and no more."""
+        beyond = (self.magnitude, *self.biases, *self.cores)
+        return not any(self.dropouts) and all(t is None for t in beyond)
 
 
 def recall(layer: Module, wanted: Wanted) -> State | None:
@@ -66,7 +86,7 @@ def recall(layer: Module, wanted: Wanted) -> State | None:
 
 def _call(state: State, wanted: Wanted) -> tuple | None:
     """What the compiled forward adds to the base layer's output, None where it is left to Python."""
-    if len(state.adapters) != (1 if wanted is None else len(wanted)):
+    if state.weight is None or len(state.adapters) != (1 if wanted is None else len(wanted)) or not state.bare:
         return None
     scale, scaling = split(state.scales, state.weight.device)
     return state.weight, state.bias, state.A, state.B, scaling, scale
@@ -107,22 +127,22 @@ def split(scales: tuple[float, ...], device: torch.device) -> tuple[float, Tenso
 def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
     """The state of the layer, None where PEFT's forward must run; fills in the facts it rests on."""
 
-    def read(holder: dict, key: str) -> Any:
+    def read(holder: dict, key: str, to: list[Any] = facts) -> Any:
         value = holder.get(key, ABSENT)
-        facts.extend((holder, key, value))
+        to.extend((holder, key, value))
         return value
 
-    def is_plain(module: Module, *kinds: type) -> bool:
+    def is_plain(module: Module, *kinds: type, to: list[Any] = facts) -> bool:
         kind, d = type(module), module.__dict__
-        facts.extend((module, None, kind))
-        hooks = [read(d, key) for key in ("_forward_hooks", "_forward_pre_hooks")]
+        to.extend((module, None, kind))
+        hooks = [read(d, key, to) for key in ("_forward_hooks", "_forward_pre_hooks")]
         for held in hooks:
-            facts.extend((held, ITEMS, ()))
-        return kind in kinds and read(d, "forward") is ABSENT and not any(hooks)
+            to.extend((held, ITEMS, ()))
+        return kind in kinds and read(d, "forward", to) is ABSENT and not any(hooks)
 
-    def parameters(module: Module) -> tuple[Any, Any]:
-        held = read(module.__dict__, "_parameters")
-        return read(held, "weight"), read(held, "bias")
+    def parameters(module: Module, to: list[Any] = facts) -> tuple[Any, Any]:
+        held = read(module.__dict__, "_parameters", to)
+        return read(held, "weight", to), read(held, "bias", to)
 
     def items(held: Any) -> tuple | None:
         if type(held) is not list:
@@ -131,9 +151,26 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
         facts.extend((held, ITEMS, found))
         return found
 
+    def base_parameters(base: Module) -> tuple[Tensor | None, Tensor | None]:
+        """The base layer's as of a torch.nn.Linear, None where its own forward must run."""
+        seen: list[Any] = []
+        if not is_plain(base, Linear, *conv1d(base), to=seen) or _has_backward_hooks(base):
+            return None, None
+        weight, bias = parameters(base, seen)
+        if type(weight) is not Parameter or weight.dim() != 2 or not weight.numel():
+            return None, None
+        facts.extend(seen)
+        if type(base) is Linear:
+            return weight, bias
+        if weight.requires_grad:
+            return None, bias
+        with contextlib.nullcontext() if is_compiling() else plain_tensors():
+            return weight.detach().mT, bias
+
     d = layer.__dict__
     if items(read(d, "merged_adapters")) != ():
         return None
+    mixed = wanted is not None
     if wanted is None:
         active = read(d, "_active_adapter")
         wanted = (active,) if type(active) is str else items(active)
@@ -142,12 +179,7 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
     if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
         return None
     modules = read(d, "_modules")
-    base = read(modules, "base_layer")
-    if not is_plain(base, Linear) or _has_backward_hooks(base):
-        return None
-    weight, bias = parameters(base)
-    if type(weight) is not Parameter:
-        return None
+    weight, bias = base_parameters(read(modules, "base_layer"))
     members = [read(modules, key) for key in ("lora_A", "lora_B", "lora_dropout")]
     if ABSENT in members:
         return None
@@ -155,37 +187,67 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
     variants, scaling = read(d, "lora_variant"), read(d, "scaling")
     A: list[Tensor] = []
     B: list[Tensor] = []
-    scales, adapters, backward_hooks = [], [], False
+    scales, adapters, probabilities, biases, magnitude, backward_hooks = [], [], [], [], None, False
+    cores: list[Tensor | None] = []
     for name in wanted:
         a = read(lora_A, name)
         if a is ABSENT:
             continue
-        b, dropout, scale = read(lora_B, name), read(dropouts, name), read(scaling, name)
+        b, dropout, scale, variant = (read(of, name) for of in (lora_B, dropouts, scaling, variants))
         if (
-            read(variants, name) is not ABSENT
-            or not is_plain(a, Linear)
+            not is_plain(a, Linear)
             or not is_plain(b, Linear)
             or not is_plain(dropout, Identity, Dropout)
-            or (type(dropout) is Dropout and read(dropout.__dict__, "training") and read(dropout.__dict__, "p"))
             or type(scale) not in (float, int)
         ):
             return None
         (a_weight, a_bias), (b_weight, b_bias) = parameters(a), parameters(b)
-        if (
-            type(a_weight) is not Parameter
-            or type(b_weight) is not Parameter
-            or a_bias is not None
-            or b_bias is not None
-        ):
+        if type(a_weight) is not Parameter or type(b_weight) is not Parameter or a_bias is not None:
             return None
+        p = 0.0
+        if type(dropout) is Dropout:
+            p = float(read(dropout.__dict__, "training") and read(dropout.__dict__, "p"))
+        core = None
+        if MICA is not None and type(variant) is MICA:
+            variant = ABSENT
+        if variant is not ABSENT and mixed:
+            return None
+        if KASA is not None and type(variant) is KASA:
+            held = read(read(modules, "lora_diag").__dict__, "_parameters")
+            core = read(held, name)
+            if type(core) is not Parameter or name in read(d, "_lora_kasa_truncation_deferred"):
+                return None
+        elif variant is not ABSENT:
+            if type(variant) is not DoraLinearVariant or len(wanted) > 1 or weight is None:
+                return None
+            held = read(read(modules, "lora_magnitude_vector").__dict__, "_modules")
+            vector = read(held, name)
+            if not is_plain(vector, DoraLinearLayer) or b_bias is not None:
+                return None
+            magnitude = parameters(vector)[0]
+            if type(magnitude) is not Parameter or _has_backward_hooks(vector):
+                return None
+            p = p if read(d, "training") else 0.0
         A.append(a_weight)
         B.append(b_weight)
         scales.append(scale)
         adapters.append(name)
+        probabilities.append(p)
+        biases.append(b_bias)
+        cores.append(core)
         backward_hooks = backward_hooks or any(map(_has_backward_hooks, (a, b, dropout)))
-    if not A:
+    if not A or (mixed and (len(set(probabilities)) > 1 or any(b is not None for b in biases))):
         return None
-    return State(weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks)
+    return State(
+        weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks,
+        tuple(probabilities), tuple(biases), magnitude, [], tuple(cores),
+    )  # fmt: skip
+
+
+def conv1d(base: Module) -> tuple[type, ...]:
+    """The class of transformers' Conv1D, whose weight is [K, N], if ``base`` is of it."""
+    cls = type(base)
+    return (cls,) if cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D" else ()
 
 
 def _has_backward_hooks(module: Module) -> bool:

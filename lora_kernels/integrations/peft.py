@@ -1,4 +1,4 @@
-"""``lora_kernels.patch``: the LoRA layers of a PEFT model on the package's kernels, in place.
+"""``lora_kernels.patch``: the adapter layers of a PEFT model on the package's kernels, in place.
 
 A layer changes its class and nothing else, so parameters, state dict, hooks, saving, merging and adding adapters stay
 PEFT's; unpatching changes the class back. Each call of a layer decides for itself whether it can run fast, and runs
@@ -17,29 +17,36 @@ import torch
 from torch.nn import Module
 
 try:
+    from peft.tuners.adalora.model import AdaLoraModel
     from peft.tuners.lora.layer import Linear as PeftLinear
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.lora.model import LoraModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
 except ImportError as error:
     raise ImportError("lora_kernels.patch needs PEFT: pip install 'lora_kernels[peft]'") from error
 
 from ._peft_batch import FusedLoraModel, FusedModelMixin
-from ._peft_layer import BASE_ONLY, FusedLinear, FusedMixin, class_reason, slow_reason
+from ._peft_layer import FusedLinear, FusedMixin
+from ._peft_reason import BASE_ONLY, base_reason, class_reason, slow_reason
+from ._peft_relatives import CLASSES, relative_of
+from ._peft_relatives_layer import FIXED, FusedRelativeMixin, class_refusal, relative_reason
 from ._peft_state import forget
 
 logger = logging.getLogger("lora_kernels")
 
 FAST = "fast"
+BESIDE = "beside the base layer's own forward"
 UNPATCHED = "not patched (call patch again)"
 
 
 def patch(model: Module, *, strict: bool = False) -> Handle:
-    """Give the LoRA layers of a PEFT model the fast forward; results, state dict and behaviour stay PEFT's.
+    """Give the adapter layers of a PEFT model the fast forward; results, state dict and behaviour stay PEFT's.
 
     Calling it again takes in the layers that were added since; layers that are fast already stay as they are.
 
     Args:
-        model: a model with PEFT LoRA adapters (``PeftModel``, or any module that holds ``peft`` LoRA layers).
+        model: a model with PEFT adapters (``PeftModel``, or any module that holds ``peft``'s layers): LoRA's, and those
+            of the tuners that are LoRA with another core or scale.
         strict: raise unless every layer would run fast now.
 
     Returns:
@@ -47,37 +54,55 @@ def patch(model: Module, *, strict: bool = False) -> Handle:
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: it has no PEFT LoRA layer; or ``strict``, and layers would stay slow. Nothing is changed then.
+        ValueError: it has no PEFT adapter layer; or ``strict``, and layers would stay slow. Nothing is changed then.
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    layers = _lora_layers(model)
+    layers = _adapter_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no PEFT LoRA layer: add an adapter before lora_kernels.patch")
-    slow = {name: why for name, layer in layers.items() if (why := slow_reason(layer)) and why not in BASE_ONLY}
+        raise ValueError(f"{type(model).__name__} has no PEFT adapter layer: add an adapter before lora_kernels.patch")
+    slow = {name: why for name, layer in layers.items() if (why := _reason(layer)) and why not in BASE_ONLY}
     if strict and slow:
         lines = "".join(f"\n  {name}: {reason}" for name, reason in slow.items())
-        raise ValueError(f"{len(slow)} of {len(layers)} LoRA layers would stay slow:{lines}")
+        raise ValueError(f"{len(slow)} of {len(layers)} adapter layers would stay slow:{lines}")
     if len(slow) == len(layers):
         reason, count = Counter(slow.values()).most_common(1)[0]
-        logger.warning("patch: none of the %d LoRA layers runs fast; %d: %s", len(layers), count, reason)
+        logger.warning("patch: none of the %d adapter layers runs fast; %d: %s", len(layers), count, reason)
     for module in model.modules():
-        if isinstance(module, LoraModel) or (isinstance(module, LoraLayer) and class_reason(type(module)) is None):
+        if _can_be_fast(type(module)):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
     return Handle(model)
 
 
-def _lora_layers(model: Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+def _adapter_layers(model: Module) -> dict[str, BaseTunerLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel}  # importable, so that a patched model can be pickled
+def _can_be_fast(cls: type) -> bool:
+    if relative_of(cls) is not None:
+        return class_refusal(cls) is None
+    if issubclass(cls, LoraModel):
+        return not issubclass(cls, AdaLoraModel)  # which has no mixed batches
+    return issubclass(cls, LoraLayer) and class_reason(cls) is None
+
+
+def _reason(layer: BaseTunerLayer) -> str | None:
+    """Why a layer would run PEFT's own forward now; None where it would run fast."""
+    if isinstance(layer, LoraLayer) and relative_of(type(layer)) is None:
+        return slow_reason(layer)
+    return relative_reason(layer)
+
+
+_MIXINS = (FusedMixin, FusedModelMixin, FusedRelativeMixin)
+_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel, **FIXED}  # importable, so that pickle finds them
 
 
 @functools.cache
 def _fused(cls: type) -> type:
     """The class over ``cls`` that runs fast."""
-    mixin = FusedModelMixin if issubclass(cls, LoraModel) else FusedMixin
+    mixin: type = FusedMixin if relative_of(cls) is None else FusedRelativeMixin
+    if issubclass(cls, LoraModel):
+        mixin = FusedModelMixin
     if issubclass(cls, mixin):
         return cls
     return _FIXED.get(cls) or type(f"Fused{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
@@ -86,12 +111,17 @@ def _fused(cls: type) -> type:
 def _unfused(cls: type) -> type:
     """The class that :func:`_fused` was given; where a wrapper (FSDP, parametrize) derived from its result, the same
     wrapper over that class."""
-    if not issubclass(cls, (FusedMixin, FusedModelMixin)):
+    if not issubclass(cls, _MIXINS):
         return cls
-    if cls.__bases__[0] in (FusedMixin, FusedModelMixin):
+    if cls.__bases__[0] in _MIXINS:
         return cls.__bases__[1]
     own = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
     return type(cls.__name__, tuple(_unfused(base) for base in cls.__bases__), own)
+
+
+def tuners() -> list[tuple[str, str, str]]:
+    """The tuners beside LoRA whose layers can run fast here: PEFT's module, the name, and what it adds to y."""
+    return [(tuner.module, tuner.tuner, tuner.formula) for tuner in CLASSES.values()]
 
 
 class Handle:
@@ -101,12 +131,14 @@ class Handle:
         self.model = model
 
     def report(self) -> Report:
-        """Which LoRA layers run fast in the model's present state, and why the others don't."""
+        """Which adapter layers run fast in the model's present state, and why the others don't."""
         layers, classes, adapters = {}, {}, {}
-        for name, layer in _lora_layers(self.model).items():
-            reason = slow_reason(layer)
-            if reason is None and not isinstance(layer, FusedMixin):
+        for name, layer in _adapter_layers(self.model).items():
+            reason = _reason(layer)
+            if reason is None and not isinstance(layer, _MIXINS):
                 reason = UNPATCHED
+            if reason is None and (base := base_reason(layer)) is not None:
+                reason = f"{FAST} {BESIDE}: {base}"
             layers[name] = reason or FAST
             classes[name] = type(layer).__name__
             adapters.update(dict.fromkeys(layer.active_adapters))
@@ -119,13 +151,13 @@ class Handle:
     def unpatch(self) -> None:
         """Give every layer its class back; a second call finds nothing to do."""
         for module in self.model.modules():
-            if isinstance(module, (FusedMixin, FusedModelMixin)):
+            if isinstance(module, _MIXINS):
                 module.__class__ = _unfused(type(module))
                 forget(module)
 
     def __repr__(self) -> str:
-        report = self.report()
-        return f"<lora_kernels.patch of {type(self.model).__name__}: {report.fast} of {report.total} LoRA layers fast>"
+        what, report = type(self.model).__name__, self.report()
+        return f"<lora_kernels.patch of {what}: {report.fast} of {report.total} adapter layers fast>"
 
 
 @dataclass(frozen=True)
@@ -133,7 +165,8 @@ class Report:
     """What runs fast. ``print(report)`` shows it as a table.
 
     Attributes:
-        layers: a layer's name -> ``"fast"``, or why PEFT's own forward runs.
+        layers: a layer's name -> ``"fast"``, with why the base layer runs by its own forward where it does; or why
+            PEFT's forward runs.
         classes: a layer's name -> the name of its class.
         state: what it was decided for: active adapters, training or eval mode, gradients.
     """
@@ -145,15 +178,15 @@ class Report:
     @property
     def fast(self) -> int:
         """How many layers run fast."""
-        return sum(reason == FAST for reason in self.layers.values())
+        return sum(reason.startswith(FAST) for reason in self.layers.values())
 
     @property
     def total(self) -> int:
-        """How many LoRA layers the model has."""
+        """How many adapter layers the model has."""
         return len(self.layers)
 
     def __str__(self) -> str:
-        lines = [f"{self.fast} of {self.total} LoRA layers fast ({self.state})", ""]
+        lines = [f"{self.fast} of {self.total} adapter layers fast ({self.state})", ""]
         lines += _table(Counter(zip(self.layers.values(), self.classes.values(), strict=True)), ("runs", "class"))
         lines += [""]
         lines += _table(Counter((_numberless(name), reason) for name, reason in self.layers.items()), ("layer", "runs"))

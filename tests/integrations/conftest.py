@@ -11,10 +11,10 @@ from counting import calls  # noqa: F401
 @pytest.fixture
 def unforced(monkeypatch):
     """As users call it, with or without the extension: a graph only names its ops."""
-    from lora_kernels.integrations import _peft_layer
+    from lora_kernels.integrations import _peft_forward
     from lora_kernels.ops import _dispatch
 
-    monkeypatch.setattr(_peft_layer, "_compiled", True)
+    monkeypatch.setattr(_peft_forward, "_compiled", True)
     token = _dispatch._forced.set(None)
     yield
     _dispatch._forced.reset(token)

@@ -6,9 +6,11 @@ import functools
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 import lora_kernels as lk
+from lora_kernels.demo import texts
 
 K, N = 24, 40
 
@@ -60,6 +62,34 @@ def llama(dtype=torch.float32, bias=False):
     model.add_adapter("one", config(r=2, targets=targets, lora_alpha=9))
     model.add_adapter("two", config(r=8, targets=("q_proj", "down_proj"), lora_alpha=40))
     return model.eval()
+
+
+def write_tiny(path):
+    """A directory with a random two-layer Llama of 14 linear layers and a byte tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([*texts.QUESTIONS, *texts.PIRATE], trainer)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>"
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer.get_vocab()),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="float32",
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
 
 
 LLAMA_LAYERS = 14

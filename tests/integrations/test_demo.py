@@ -11,11 +11,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("rich")
+from nets import write_tiny
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
 from lora_kernels import demo
@@ -42,28 +42,7 @@ def one_thread(request):
 def tiny(tmp_path_factory):
     """The directory of a random two-layer Llama and a byte tokenizer."""
     path = tmp_path_factory.mktemp("tiny")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([*texts.QUESTIONS, *texts.PIRATE], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer.get_vocab()),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        dtype="float32",
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    write_tiny(path)
     return path
 
 
@@ -441,7 +420,7 @@ class TestCommand:
         out = capsys.readouterr().out
         assert all(name in out for name in adapters.RECIPES)
         assert "of all 9 rows are PEFT's" in out
-        assert "of 14 LoRA layers" in out
+        assert "of 14 adapter layers" in out
         assert "decode" not in out
 
     @pytest.mark.parametrize(

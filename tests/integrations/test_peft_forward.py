@@ -11,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from nets import K, adapters, both, close, config, net, trained  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
-from lora_kernels.integrations import _peft_layer  # noqa: E402
+from lora_kernels.integrations import _peft_reason  # noqa: E402
 from lora_kernels.integrations.peft import FAST  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("a_backend")]
@@ -155,7 +155,7 @@ class TestSeveralActive:
             close(model(x), oracle(x))
         only_up = active == ["up_only", "absent"]
         assert calls.take() == ((2, 2) if only_up else (4, 0))
-        assert handle.report().layers["base_model.model.down"] == (_peft_layer.INACTIVE if only_up else FAST)
+        assert handle.report().layers["base_model.model.down"] == (_peft_reason.INACTIVE if only_up else FAST)
 
     @pytest.mark.parametrize("alpha", (6, 9))
     @pytest.mark.parametrize("masters", (True, False))

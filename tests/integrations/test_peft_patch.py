@@ -10,7 +10,7 @@ from nets import LLAMA_LAYERS, K, Net, adapters, both, close, llama, net, traine
 from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
-from lora_kernels.integrations import _peft_layer  # noqa: E402
+from lora_kernels.integrations import _peft_forward, _peft_layer, _peft_reason  # noqa: E402
 from lora_kernels.integrations.peft import FusedLinear, FusedMixin  # noqa: E402
 from lora_kernels.ops import _dispatch  # noqa: E402
 
@@ -63,7 +63,7 @@ class TestPatch:
         assert calls.take() == (2, 0)
 
     def test_refuses_what_has_no_lora_layer(self):
-        with pytest.raises(ValueError, match="no PEFT LoRA layer"):
+        with pytest.raises(ValueError, match="no PEFT adapter layer"):
             lk.patch(Net())
         with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
             lk.patch("model")
@@ -78,8 +78,8 @@ class TestPatch:
 
     def test_says_when_nothing_runs_fast(self, caplog):
         with caplog.at_level("WARNING", "lora_kernels"):
-            lk.patch(net(lora_dropout=0.5).train())
-        assert "none of the 2 LoRA layers runs fast; 2: adapter 'default': dropout in training" in caplog.text
+            lk.patch(net().double())
+        assert "none of the 2 adapter layers runs fast; 2: input is float64" in caplog.text
 
     def test_report(self):
         model = llama()
@@ -92,7 +92,7 @@ class TestPatch:
         assert report.layers[name] == "adapter 'default': lora_B has hooks"
         assert report.classes[name] == "FusedLinear"
         text = str(report)
-        assert text.startswith("13 of 14 LoRA layers fast (active default; eval mode; gradients on)")
+        assert text.startswith("13 of 14 adapter layers fast (active default; eval mode; gradients on)")
         assert "    13  fast                                 FusedLinear" in text
         assert "     2  base_model.model.model.layers.*.self_attn.k_proj  fast" in text
         assert "13 of 14" in repr(handle)
@@ -125,7 +125,7 @@ class TestPatch:
         def refuse(*_):
             raise RuntimeError("no room")
 
-        monkeypatch.setattr(_peft_layer, "linear", refuse)
+        monkeypatch.setattr(_peft_forward, "linear", refuse)
         _peft_layer._warn_once.cache_clear()
         x = torch.randn(4, K)
         with torch.no_grad(), caplog.at_level("WARNING", "lora_kernels"):
@@ -143,8 +143,8 @@ class TestPatch:
 
     def test_without_a_kernel_peft_runs(self, monkeypatch, calls):
         oracle, model, handle = both(net())
-        monkeypatch.setattr(_peft_layer, "_compiled", False)
-        monkeypatch.setattr(_peft_layer, "extension_error", "never built")
+        monkeypatch.setattr(_peft_forward, "_compiled", False)
+        monkeypatch.setattr(_peft_reason, "extension_error", "never built")
         monkeypatch.setattr(_dispatch.Op, "backends", lambda self: frozenset({"reference"}))
         token = _dispatch._forced.set(None)
         try:

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear  # noqa: E402
 from peft.utils.hotswap import hotswap_adapter  # noqa: E402
 
 import lora_kernels as lk  # noqa: E402
-from lora_kernels.integrations import _peft_layer  # noqa: E402
+from lora_kernels.integrations import _peft_reason  # noqa: E402
 from lora_kernels.integrations.peft import FusedLinear  # noqa: E402
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.usefixtures("a_backend")]
@@ -74,7 +74,7 @@ class TestState:
         oracle, model, handle = pair
         with oracle.disable_adapter(), model.disable_adapter():
             self.check(pair, calls, fast=0)
-            assert set(handle.report().layers.values()) == {_peft_layer.DISABLED}
+            assert set(handle.report().layers.values()) == {_peft_reason.DISABLED}
             lk.patch(model, strict=True)
         self.check(pair, calls)
 
@@ -82,7 +82,7 @@ class TestState:
         for m in pair[:2]:
             m.merge_adapter()
         self.check(pair, calls, fast=0)
-        assert set(pair[2].report().layers.values()) == {_peft_layer.MERGED}
+        assert set(pair[2].report().layers.values()) == {_peft_reason.MERGED}
         for m in pair[:2]:
             m.unmerge_adapter()
         self.check(pair, calls)
