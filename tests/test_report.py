@@ -18,6 +18,8 @@ stale
 between
 <!-- benchmarks:peft -->
 <!-- /benchmarks:peft -->
+<!-- benchmarks:training -->
+<!-- /benchmarks:training -->
 <!-- benchmarks:gpu -->
 <!-- /benchmarks:gpu -->
 end
@@ -127,18 +129,53 @@ def test_each_table_is_whole(report, found, tmp_path):
 def test_only_what_is_marked_changes(report, found, tmp_path):
     text = report.insert(README, [report.Result(found)], tmp_path)
     assert "stale" not in text
-    assert report.MARKED.sub(r"\1\3", text) == report.MARKED.sub(r"\1\3", README)
+    assert report.MARKED.sub(r"\1\4", text) == report.MARKED.sub(r"\1\4", README)
     assert report.insert(text, [report.Result(found)], tmp_path) == text
 
 
 def test_what_has_no_result_is_not_yet_measured(report, found, tmp_path):
     text = report.insert(README, [], tmp_path)
-    assert text.count("CPU: not yet measured.") == text.count("GPU: not yet measured.") == 2
+    assert text.count("CPU: not yet measured.") == text.count("GPU: not yet measured.") == 3
     text = report.insert(README, [report.Result(found)], tmp_path)
-    assert "CPU: not" not in text
-    assert text.count("GPU: not yet measured.") == 2
+    assert text.count("CPU: not yet measured.") == 1  # of training
+    assert text.count("GPU: not yet measured.") == 3
     text = report.insert(README, [report.Result(found), report.Result(on_gpu())], tmp_path)
-    assert text.count("GPU: not yet measured.") == 1  # of the patched model
+    assert text.count("GPU: not yet measured.") == 2  # of the patched model, and in training
+
+
+def in_training(found):
+    step = {"rows": 8, "tokens": 64, "model": "a model", "R": 16, "kind": "LoRA", "target": 1.12}
+    layer = {"M": 512, "K": 2048, "N": 1024, "R": 16, "kind": "LoRA", "target": 1.1}
+    layer["kept"] = {"PEFT": 4 * 2**20, "lora_kernels": 32 * 2**10}
+    layer["errors"] = {"0.2": {"PEFT": 2.32e-3, "lora_kernels": 1.66e-3}}
+    dora = {**layer, "kind": "DoRA, dropout", "target": None, "errors": {}}
+    times = {"base": 0.02, "PEFT": 0.03, "lora_kernels": 0.022}
+    # PEFT was timed in a case of its own, beside the base.
+    seldom = [*entries("", {"base": 0.1, "lora_kernels": 0.11}), *entries("", {"base": 0.2, "PEFT": 0.8})]
+    kept = [seldom[0], seldom[3], seldom[1]]
+    for entry in kept:
+        entry["group"] = "training step, LoRA"
+        entry["extra_info"] |= step
+    others = [*entries("training layer, LoRA", times, **layer), *entries("training layer, DoRA", times, **dora)]
+    return {**found, "benchmarks": [*kept, *others]}
+
+
+def test_training_tables_say_what_the_results_say(report, found, tmp_path):
+    text = report.insert(README, [report.Result(in_training(found))], tmp_path)
+    steps, layers = text[: text.index("A linear layer")], text[text.index("A linear layer") :]
+    assert "A step of a model, 8 × 64 tokens" in steps
+    assert cells(steps, "LoRA") == ["100.0 ms", "4.00× [4.00, 4.00]", "1.10× [1.10, 1.10]", "1.12×"]
+    assert "2048 × 1024, on 512 rows" in layers
+    times, kept = layers.split("KiB:")
+    both = ["20.0 ms", "1.50× [1.50, 1.50]", "1.10× [1.10, 1.10]"]
+    assert cells(times, "LoRA") == [*both, "1.10×"]
+    assert cells(times, "DoRA, dropout") == [*both, ""]
+    assert cells(kept, "LoRA") == cells(kept, "DoRA, dropout") == ["4096", "32"]
+    assert cells(kept, "0.2") == ["2.32e-03", "1.66e-03"]
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 4
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def on_gpu():
@@ -241,8 +278,39 @@ def test_committed_results_name_no_machine():
 
 
 @pytest.mark.skipif(not COMMITTED, reason="no committed result")
-def test_the_readme_has_the_committed_results(report):
+def test_the_readme_has_the_committed_results(report, monkeypatch):
+    standing = {match[3]: match[0] for match in report.MARKED.finditer((ROOT / "README.md").read_text())}
+    inner = standing["patch"].split("\n", 1)[1].rsplit("\n", 1)[0]
+    monkeypatch.setitem(report.GENERATED, "patch", lambda: inner)
     assert report.main(["--readme", str(ROOT / "README.md"), "--check"]) == 0
+
+
+def test_the_readme_says_what_patch_makes_fast(report):
+    """As the layers themselves say, of the PEFT that it names."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    text = (ROOT / "README.md").read_text()
+    if f"PEFT {peft.__version__}, LoRA:" not in text:
+        pytest.skip("the README is of another PEFT")
+    made = report.patch()
+    assert f"<!-- generated:patch -->\n{made}\n<!-- /generated:patch -->" in text
+    for row in ("| DoRA, with dropout | fast |", "| VeRA | `λ_b∘(B (λ_d∘A x))` | fast |", "IA3, "):
+        assert row in made
+
+
+def test_what_patch_makes_fast_follows_the_code(report, monkeypatch):
+    """A tuner that is taken out of the table, and a variant that is refused, are not called fast."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    from lora_kernels.integrations import _peft_reason, _peft_relatives
+
+    monkeypatch.setattr(_peft_reason, "KASA", None)
+    vera = next(cls for cls, tuner in _peft_relatives.CLASSES.items() if tuner.tuner == "VeRA")
+    monkeypatch.delitem(_peft_relatives.CLASSES, vera)
+    made = report.patch()
+    assert "| KaSA | PEFT's own forward: Kasa variant |" in made
+    assert "| VeRA |" not in made
+    assert ", VERA, " in made
 
 
 @pytest.mark.parametrize(
