@@ -31,7 +31,6 @@ KINDS = {
     "DoRA": {"use_dora": True},
     "DoRA, dropout 0.05": {"use_dora": True, "lora_dropout": 0.05},
 }
-SLOW = "DoRA, dropout 0.05"  # PEFT's step takes seconds
 STEP_TARGETS = dict(zip(KINDS, (1.12, 1.15, 1.25, 2.0), strict=True))  # of our time over the base's
 LAYER_TARGETS = dict(zip(KINDS, (1.10, 1.15, 1.40, None), strict=True))
 ROWS, TOKENS = 8, 64
@@ -88,13 +87,11 @@ def timed(run: Callable[[Any, Tensor], None], model: Any, x: Tensor) -> float:
     return seconds
 
 
-def in_turns(group: str, steps: dict[str, Callable[[], float]], rounds: Rounds, few: Rounds | None, **info: object):
-    """{provider: its case}. With ``few``, PEFT has a case of its own beside the base, of so many rounds."""
-    own = {name: step for name, step in steps.items() if few is None or name != PEFT}
-    case = compare(group, own, rounds, **info)
+def in_turns(group: str, steps: dict[str, Callable[[], float]], rounds: Rounds, few: Rounds, **info: object):
+    """{provider: its case}: ours beside the base, and PEFT, which leaves the caches and the heap another way, too."""
+    case = compare(group, {name: steps[name] for name in (BASE, OURS)}, rounds, **info)
     cases: dict[str, Case] = dict.fromkeys(PROVIDERS, case)
-    if few is not None:
-        cases[PEFT] = compare(group, {name: steps[name] for name in (BASE, PEFT)}, few, **info)
+    cases[PEFT] = compare(group, {name: steps[name] for name in (BASE, PEFT)}, few, **info)
     return cases
 
 
@@ -122,7 +119,7 @@ def step_cases(request, rounds):
         f"training step, {kind}",
         {name: partial(timed, run, model, x) for name, model in models.items()},
         rounds(31, 61, 60),
-        rounds(7, 7) if kind == SLOW else None,
+        rounds(7, 7),
         kind=kind,
         target=STEP_TARGETS[kind],
         rows=ROWS,
@@ -146,7 +143,7 @@ def layer_cases(request, rounds):
             for name, layer in {BASE: models[BASE].proj, **layers}.items()
         },
         rounds(61, 301, 10),
-        None,
+        rounds(31, 61, 5),
         kind=kind,
         target=LAYER_TARGETS[kind],
         M=M,
