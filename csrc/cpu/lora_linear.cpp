@@ -14,8 +14,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRows = 64;         // of a block that stays in a cache
-constexpr int64_t kColumns = 512;     // of a task, at most
+constexpr int64_t kRows = 64;      // of a block that stays in a cache
+constexpr int64_t kColumns = 512;  // of a task, at most
 constexpr int64_t kTileColumns = 64;
 
 inline thread_local Buffer tile_of_rows, tile_of_sums, transposed;

@@ -62,6 +62,13 @@ LK_INLINE void philox(vq counter, uint64_t key, uint16_t (&out)[8 * Q]) {
   memcpy(out + 2 * W, &high, sizeof high);
 }
 
+// The counters of row `row` from column `column` on, which is a multiple of 8.
+LK_INLINE vq counters(const Dropout& dropout, int64_t row, int64_t column) {
+  vq lanes;
+  for (int q = 0; q < Q; ++q) lanes[q] = uint64_t(q);
+  return lanes + (uint64_t(row) * uint64_t(dropout.blocks) + uint64_t(column / 8));
+}
+
 // Keeps of `count` elements those whose half word is at least t: zeros for the others.
 template <class T>
 LK_INLINE void keep(const T* x, const uint16_t* halves, uint16_t t, int count, T* out) {
@@ -99,13 +106,11 @@ void drop_as(const Rows& x, int m, int64_t begin, int64_t end, const Dropout& dr
       memset((void*)to, 0, (end - begin) * sizeof(T));
       continue;
     }
-    uint64_t counter = uint64_t(first + i) * uint64_t(dropout.blocks) + uint64_t(begin / 8);
-    vq lanes;
-    for (int q = 0; q < Q; ++q) lanes[q] = uint64_t(q);
+    vq counter = counters(dropout, first + i, begin);
     for (int64_t k = begin; k < end; k += 8 * Q, counter += Q) {
       uint16_t halves[8 * Q];
       prefetch(row + k - begin, m * x.stride);
-      philox(lanes + counter, dropout.key, halves);
+      philox(counter, dropout.key, halves);
       if (end - k >= 8 * Q)
         keep_all(row + k - begin, halves, uint16_t(dropout.threshold), to + k - begin);
       else
@@ -127,15 +132,13 @@ void add_dropped_as(const Rows& y, int m, int64_t begin, int64_t end, const floa
                     const Dropout& dropout, int64_t first) {
   if (dropout.threshold > 0xffff) return;
   const vu t = vu{} + dropout.threshold;
-  vq lanes;
-  for (int q = 0; q < Q; ++q) lanes[q] = uint64_t(q);
   for (int i = 0; i < m; ++i) {
     Y* row = (Y*)y.data + i * y.stride;
     const float* term = add + i * add_stride;
-    uint64_t counter = uint64_t(first + i) * uint64_t(dropout.blocks) + uint64_t(begin / 8);
+    vq counter = counters(dropout, first + i, begin);
     for (int64_t k = 0; k < end - begin; k += 8 * Q, counter += Q) {
       uint16_t halves[8 * Q];
-      philox(lanes + counter, dropout.key, halves);
+      philox(counter, dropout.key, halves);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         int64_t n = k + j * W;
@@ -196,9 +199,8 @@ void combine(const Rows& y, int m, int64_t columns, const float* add, int64_t ad
 template <int N, class Y>
 LK_INLINE void column_grads_block(const Rows& dy, int m, int64_t n, int live, const float* scale, const Rows& dz,
                                   const Rows& y, const float* bias, float* t) {
-  auto floats = [&](const float* p, int j) LK_LAMBDA {
-    return live == W ? load(p + n + j * W) : load_n(p + n + j * W, live);
-  };
+  auto floats = [&](const float* p, int j)
+                    LK_LAMBDA { return live == W ? load(p + n + j * W) : load_n(p + n + j * W, live); };
   vf c[N] = {}, b[N] = {}, sum[N] = {};
 #pragma GCC unroll 2
   for (int j = 0; j < N; ++j) {

@@ -366,7 +366,8 @@ void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t en
       for (; q + 2 * W <= end; q += 2 * W)
         outer_rows<2, T>(wide, COLUMNS, count, w, first, q, rows, W, on, o + q, out_stride);
       for (; q < end; q += W)
-        outer_rows<1, T>(wide, COLUMNS, count, w, first, q, rows, end - q < W ? int(end - q) : W, on, o + q, out_stride);
+        outer_rows<1, T>(wide, COLUMNS, count, w, first, q, rows, end - q < W ? int(end - q) : W, on, o + q,
+                         out_stride);
     }
   }
 }
