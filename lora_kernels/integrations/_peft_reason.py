@@ -117,9 +117,9 @@ def _adapter_reason(layer: Any, name: str, dtype: torch.dtype) -> str | None:
         if module is a and a.bias is not None:
             return "lora_A has a bias"
         if module.weight.dtype not in (dtype, torch.float32):
-            return f"{what} is {_dtype(module.weight)}, the input {str(dtype).removeprefix('torch.')}"
+            return f"{what} is {_short(module.weight.dtype)}, the input {_short(dtype)}"
     if a.weight.dtype is not b.weight.dtype:
-        return f"lora_A is {_dtype(a.weight)}, lora_B {_dtype(b.weight)}"
+        return f"lora_A is {_short(a.weight.dtype)}, lora_B {_short(b.weight.dtype)}"
     if type(scale) not in (float, int):
         return f"scaling is a {_name(type(scale))}"
     return None
@@ -166,7 +166,7 @@ def _call_reason(
 ) -> str | None:
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     if dtype not in _check.FLOATS or not (autocast or weight is None or weight.dtype is dtype):
-        return f"input is {str(dtype).removeprefix('torch.')}, base weight {_dtype(weight)}"  # type: ignore[arg-type]
+        return f"input is {_short(dtype)}, base weight {_short(weight.dtype)}"  # type: ignore[union-attr]
     if len({layer.lora_A[n].weight.dtype for n in layer.active_adapters if n in layer.lora_A}) > 1:
         return "active adapters of different dtypes"
     if not layer.cast_input_dtype_enabled:
@@ -175,9 +175,13 @@ def _call_reason(
         return "global module hooks or forward-mode differentiation"
     if x is not None and type(x) is not Tensor:
         return f"input is {_name(type(x))}"
-    choice = choose(device.type, lora_add_.backends(), forced_backend())
+    return _backend_reason(device.type)
+
+
+def _backend_reason(device: str) -> str | None:
+    choice = choose(device, lora_add_.backends(), forced_backend())
     if choice.backend == "reference" and forced_backend() is None:
-        return choice.reason if device.type != "cpu" else f"{choice.reason} ({extension_error})"
+        return choice.reason if device != "cpu" else f"{choice.reason} ({extension_error})"
     return None
 
 
@@ -185,5 +189,5 @@ def _name(cls: type) -> str:
     return cls.__qualname__
 
 
-def _dtype(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
+def _short(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops.lora_linear import _folded
 from ._peft_batch import plain_tensors
+from ._peft_reason import _altered
 
 Factors = tuple[Tensor, Tensor, float]  # A [R, K], B [N, R] and the scale
 
@@ -99,10 +100,10 @@ def _tinylora(layer: Any, name: str) -> Parts:
 def _psoft(layer: Any, name: str) -> Parts | str:
     A, B = layer._psoft_A_cache[name], layer._psoft_B_cache[name]
     rotation, scale = layer.psoft_R[name], layer.scaling[name]
-    cls, d = type(rotation), rotation.__dict__
+    cls = type(rotation)
     if cls.__module__ != "peft.tuners.psoft.layer" or cls.__qualname__ != "OrthLayer":
         return f"psoft_R is {cls.__qualname__}"
-    if any(d[hooks] for hooks in HOOKS) or "forward" in d:
+    if _altered(rotation.__dict__):
         return "psoft_R has hooks"
     if type(scale) not in (float, int):
         return f"scaling is a {type(scale).__qualname__}"
@@ -134,8 +135,6 @@ def _groups(R: int, K: int, device: torch.device) -> Tensor:
     with plain_tensors():
         return torch.eye(R, device=device).repeat(1, -(-K // R))[:, :K].contiguous()
 
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: In the order of the README's table.
 RELATIVES = (

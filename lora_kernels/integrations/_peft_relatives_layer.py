@@ -11,14 +11,11 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Dropout, Identity, Linear, Parameter
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend
-from ..ops._low_rank import lora_add_
 from ..ops.lora_linear import draw_seed, lora
 from ..reference.dropout import threshold
-from ..select import choose
 from ._peft_forward import unusual
 from ._peft_layer import _forced_in_vain, _warn_once
-from ._peft_reason import DISABLED, INACTIVE, MERGED, _altered, _name, base_reason
+from ._peft_reason import DISABLED, INACTIVE, MERGED, _altered, _backend_reason, _name, _short, base_reason
 from ._peft_relatives import CLASSES, Parts, relative_of
 
 SEVERAL = "several active adapters"
@@ -169,12 +166,4 @@ def _call_reason(layer: Any, x: Tensor | None) -> str | None:
         return "autocast"
     if unusual():
         return "global module hooks or forward-mode differentiation"
-    forced = forced_backend()
-    choice = choose(device, lora_add_.backends(), forced)
-    if choice.backend == "reference" and forced is None:
-        return choice.reason if device != "cpu" else f"{choice.reason} ({extension_error})"
-    return None
-
-
-def _short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
+    return _backend_reason(device)

@@ -82,6 +82,9 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
+        return self._forward(x)
+
+    def _forward(self, x: Tensor, **more: Tensor | None) -> Tensor:
         return lora_linear(
             x,
             self.weight,
@@ -91,6 +94,7 @@ class LoRALinear(nn.Module):
             bias=self.bias,
             dropout=self.dropout,
             training=self.training,
+            **more,
         )
 
     def extra_repr(self) -> str:
@@ -144,18 +148,7 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return lora_linear(
-            x,
-            self.weight,
-            self.A,
-            self.B,
-            scaling=self.scaling,
-            bias=self.bias,
-            dropout=self.dropout,
-            training=self.training,
-            magnitude=self.magnitude,
-            weight_norm_sq=self._norms(),
-        )
+        return self._forward(x, magnitude=self.magnitude, weight_norm_sq=self._norms())
 
     def _norms(self) -> Tensor | None:
         """‖W‖² of each row; None where a compiled graph must make it, which can't see whether W was changed."""
