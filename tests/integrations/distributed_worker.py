@@ -6,6 +6,7 @@ came out goes to OUT as JSON: a scenario's name -> how far the two differ, what 
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -139,9 +140,12 @@ def main(rank, world, store, out):
                     except Exception as error:
                         found[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
     Path(out).write_text(json.dumps(found))
+    dist.barrier()  # neither leaves while the other still speaks
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    sys.stdout.flush()
+    os._exit(0)  # threads that gloo still runs now and then abort an interpreter that takes itself apart
