@@ -2,12 +2,15 @@
 //
 // The forward goes by rows. What comes after goes by columns, so that each sum over rows stays with one thread, and
 // each block of dy and of x is read from memory once for all that is made of it.
+#include "lora_linear.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <tuple>
 
 #include "low_rank_schedule.h"
+#include "new_tensor.h"
 
 namespace lora_kernels {
 namespace {
@@ -17,16 +20,9 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kRows = 64;      // of a block that stays in a cache
 constexpr int64_t kColumns = 512;  // of a task, at most
 constexpr int64_t kTileColumns = 64;
+constexpr int64_t kMostLanes = 16;  // of a vector
 
-inline thread_local Buffer tile_of_rows, tile_of_sums, transposed;
-
-Tensor new_floats(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns}, ScalarType::Float);
-}
-Tensor nothing(const Tensor& like, ScalarType type = ScalarType::Float) {
-  return torch::stable::new_empty(like, {0}, type);
-}
-float* data_of(const Tensor& t) { return static_cast<float*>(t.data_ptr()); }
+inline thread_local Buffer tile_of_rows, tile_of_sums, tile_of_masks, transposed, sums_of_rows;
 
 // One factor, copied where neither of its strides is 1.
 struct OneFactor : Factors {
@@ -47,9 +43,9 @@ struct ColumnValues {
   std::optional<Compact> given;
   const float* data = nullptr;
 
-  ColumnValues(const OptionalTensor& t, int64_t columns) {
+  ColumnValues(const View* t, int64_t columns) {
     if (!t) return;
-    given.emplace(View(*t));
+    given.emplace(*t);
     STD_TORCH_CHECK(given->on_cpu && given->dims == 1 && given->sizes[0] == columns, "values of columns");
     data = static_cast<const float*>(given->data);
     if (given->type == ScalarType::Float) return;
@@ -64,12 +60,12 @@ struct OptionalDropout {
   Dropout dropout{};
   bool given = false;
 
-  OptionalDropout(const OptionalTensor& seed, double p, int64_t columns) {
+  OptionalDropout(const View* seed, double p, int64_t columns) {
     if (!seed) return;
-    STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1, "seed");
+    STD_TORCH_CHECK(seed->on_cpu && seed->type == ScalarType::Long && seed->numel() == 1, "seed");
     STD_TORCH_CHECK(p >= 0 && p <= 1, "p");
     given = true;
-    dropout.key = uint64_t(*static_cast<const int64_t*>(seed->data_ptr()));
+    dropout.key = uint64_t(*static_cast<const int64_t*>(seed->data));
     dropout.threshold = uint32_t(std::nearbyint(p * 65536));
     dropout.blocks = divide_up(columns, 8);
   }
@@ -79,13 +75,26 @@ struct OptionalDropout {
 struct Small {
   Compact compact;
 
-  Small(const Tensor& v, int64_t rows, int64_t rank) : compact(View(v)) {
+  Small(const View& v, int64_t rows, int64_t rank) : compact(v) {
     STD_TORCH_CHECK(compact.on_cpu && compact.type == ScalarType::Float && compact.dims == 2 &&
                         compact.sizes[0] == rows && compact.sizes[1] == rank,
                     "v does not fit");
   }
   const float* data() const { return static_cast<const float*>(compact.data); }
 };
+
+View floats_at(float* data, const int64_t* sizes, const int64_t* strides, int64_t dims) {
+  View view;
+  view.data = data, view.sizes = sizes, view.strides = strides, view.dims = dims;
+  view.type = ScalarType::Float, view.on_cpu = true;
+  return view;
+}
+
+// Room for a result of `count` floats.
+float* result(const View& t, int64_t count) {
+  STD_TORCH_CHECK(t.on_cpu && t.type == ScalarType::Float && t.numel() == count && t.is_contiguous(), "a result");
+  return static_cast<float*>(t.data);
+}
 
 // Block `row`, `column` of a matrix.
 Rows block_of(const Matrix& matrix, int64_t row, int64_t column) {
@@ -117,43 +126,38 @@ void for_each_range(int64_t count, int64_t size, bool parallel, const F& f) {
                 [&](int64_t task) { f(task * size, std::min(count, (task + 1) * size)); });
 }
 
-// x, dropped where there is dropout: what `drop` makes of a block lies in the thread's own memory.
-struct Input {
-  const Matrix& x;
-  const OptionalDropout& dropout;
-  const LowRankKernels& kernels;
+// A block of x, dropped where there is dropout: then it lies in the thread's own memory.
+Rows input(const Matrix& x, const OptionalDropout& dropout, int64_t row, int rows, int64_t begin, int64_t end,
+           uint16_t* mask = nullptr) {
+  Rows block = block_of(x, row, begin);
+  if (!dropout.given) return block;
+  void* kept = tile_of_rows.get(size_t(rows * (end - begin) * element_size(x.dtype)));
+  low_rank_kernels().drop(block, rows, begin, end, dropout.dropout, row, kept, end - begin, mask, end - begin);
+  return {kept, x.dtype, end - begin, nullptr, 1};
+}
 
-  Rows block(int64_t row, int rows, int64_t begin, int64_t end) const {
-    Rows block = block_of(x, row, begin);
-    if (!dropout.given) return block;
-    void* kept = tile_of_rows.get(size_t(rows * (end - begin) * element_size(x.dtype)));
-    kernels.drop(block, rows, begin, end, dropout.dropout, row, kept, end - begin);
-    return {kept, x.dtype, end - begin, nullptr, 1};
-  }
-};
+}  // namespace
 
-Tensor lora_forward(const Tensor& y_, const Tensor& x_, const Tensor& A_, const Tensor& B_, OptionalTensor column_scale,
-                    OptionalTensor other_, OptionalTensor other_scale, OptionalTensor bias, OptionalTensor seed,
-                    double p, double scale) {
+void lora_forward(const View& y_, const View& x_, const View& A_, const View& B_, const View* column_scale,
+                  const View* other_, const View* other_scale, const View* bias, const View* seed, double p,
+                  double scale, const View& v_) {
   const LowRankKernels& kernels = low_rank_kernels();
-  Output y{View(y_)};
-  Matrix x{View(x_)};
-  OneFactor A(View(A_), 0), B(View(B_), 1);
+  Output y(y_);
+  Matrix x(x_);
+  OneFactor A(A_, 0), B(B_, 1);
   int64_t M = x.rows, K = x.columns, N = y.columns, R = A.rank();
   STD_TORCH_CHECK(A.width() == K && B.width() == N && B.rank() == R && y.rows == M, "shapes differ");
   STD_TORCH_CHECK(y.dtype == x.dtype || y.dtype == DType::f32, "y dtype");
   STD_TORCH_CHECK(A.table[0].dtype == x.dtype || A.table[0].dtype == DType::f32, "factor dtype");
   std::optional<Matrix> other;
   if (other_) {
-    other.emplace(View(*other_));
+    other.emplace(*other_);
     STD_TORCH_CHECK(other->rows == M && other->columns == N && other->dtype == y.dtype, "other");
   }
   ColumnValues c(column_scale, N), e(other_scale, N), b(bias, N);
   OptionalDropout dropout(seed, p, K);
-  Input input{x, dropout, kernels};
   bool plain = !other && !c.data && !b.data;
-  Tensor v_out = new_floats(x_, M, R);
-  float* v = data_of(v_out);
+  float* v = result(v_, M * R);
   for_each_range(M, rows_of_task(M), worth_threads(M, K + N, R), [&](int64_t first, int64_t end) {
     int count = int(end - first);
     float* of_rows = v + first * R;
@@ -162,8 +166,8 @@ Tensor lora_forward(const Tensor& y_, const Tensor& x_, const Tensor& A_, const 
       int64_t stop = std::min(begin + kPart, K), step = dropout.given ? kRows : count;
       for (int64_t row = 0; row < count; row += step) {
         int rows = int(std::min(step, count - row));
-        kernels.shrink(input.block(first + row, rows, begin, stop), rows, A.from(begin), 0, stop - begin, begin > 0,
-                       of_rows + row * R, R, scratch());
+        kernels.shrink(input(x, dropout, first + row, rows, begin, stop), rows, A.from(begin), 0, stop - begin,
+                       begin > 0, of_rows + row * R, R, scratch());
       }
     }
     float* scaled = floats(local_rows, count * R);
@@ -186,39 +190,40 @@ Tensor lora_forward(const Tensor& y_, const Tensor& x_, const Tensor& A_, const 
     }
   });
   y.finish();
-  return v_out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_out_grads(const Tensor& dy_, const Tensor& v_, const Tensor& B_,
-                                                          OptionalTensor y_, OptionalTensor bias,
-                                                          OptionalTensor column_scale, double scale, bool need_v,
-                                                          bool need_B) {
+void lora_out_grads(const View& dy_, const View& v_, const View& B_, const View* y_, const View* bias,
+                    const View* column_scale, double scale, bool need_v, bool need_B, const View& dv_, const View& dB_,
+                    const View& dz_, const View& t_) {
   const LowRankKernels& kernels = low_rank_kernels();
-  Matrix dy{View(dy_)};
-  OneFactor B(View(B_), 1);
+  Matrix dy(dy_);
+  OneFactor B(B_, 1);
   int64_t M = dy.rows, N = dy.columns, R = B.rank();
   STD_TORCH_CHECK(B.width() == N, "B does not fit dy");
   Small v(v_, M, R);
   std::optional<Matrix> y;
   if (y_) {
-    y.emplace(View(*y_));
+    y.emplace(*y_);
     STD_TORCH_CHECK(y->rows == M && y->columns == N && y->dtype == dy.dtype, "y does not fit dy");
   }
   ColumnValues c(column_scale, N), b(bias, N);
   int64_t width = columns_of_task(N), tasks = divide_up(N, width);
-  Tensor dv = need_v ? new_floats(v_, M, R) : nothing(v_), dB = need_B ? new_floats(v_, N, R) : nothing(v_);
-  Tensor dz = column_scale ? torch::stable::new_empty(dy_, dy_.sizes()) : nothing(dy_, dy_.scalar_type());
-  Tensor t = y ? torch::stable::new_empty(v_, {N}, ScalarType::Float) : nothing(v_);
-  if (t.numel()) std::memset(t.data_ptr(), 0, N * sizeof(float));
-  if (need_v && !tasks && M) std::memset(dv.data_ptr(), 0, M * R * sizeof(float));
+  float* dv = result(dv_, need_v ? M * R : 0);
+  float* dB = result(dB_, need_B ? N * R : 0);
+  float* t = result(t_, y ? N : 0);
+  std::optional<Matrix> scaled;
+  if (c.data) {
+    STD_TORCH_CHECK(dz_.numel() == M * N && dz_.type == dy_.type && dz_.is_contiguous(), "dz");
+    scaled.emplace(dz_);
+  }
+  if (y) std::fill_n(t, N, 0.0f);
+  if (need_v && !tasks) std::fill_n(dv, M * R, 0.0f);
   std::vector<float> scales(kRows, float(scale));
   // The sums over each task's columns, added in order afterwards.
   float* parts = need_v && tasks > 1 ? floats(local_rows, tasks * M * R) : nullptr;
-  std::optional<Matrix> scaled;
-  if (c.data) scaled.emplace(View(dz));
   for_each_range(N, width, worth_threads(M, N, R), [&](int64_t begin, int64_t end) {
     int64_t columns = end - begin;
-    float* of_task = parts ? parts + begin / width * M * R : need_v ? data_of(dv) : nullptr;
+    float* of_task = parts ? parts + begin / width * M * R : need_v ? dv : nullptr;
     // B with its columns side by side, and dB the other way round.
     float* turned = floats(transposed, 2 * R * columns);
     float* sums = turned + R * columns;
@@ -233,88 +238,204 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_out_grads(const Tensor& dy_, con
       Rows block = block_of(dy, row, begin);
       if (c.data || y)
         kernels.column_grads(block, rows, columns, c.from(begin), scaled ? block_of(*scaled, row, begin) : Rows{},
-                             y ? block_of(*y, row, begin) : Rows{}, b.from(begin), y ? data_of(t) + begin : nullptr);
+                             y ? block_of(*y, row, begin) : Rows{}, b.from(begin), y ? t + begin : nullptr);
       if (need_v) kernels.shrink(block, rows, factor, 0, columns, false, of_task + row * R, R, scratch());
       if (need_B)
         kernels.outer({const_cast<float*>(v.data() + row * R), DType::f32, R, nullptr, 1}, R, block, 0, columns, rows,
-                      scales.data(), row > 0, sums, columns, scratch());
+                      scales.data(), row > 0, row + rows < M, sums, columns, scratch());
     }
     if (need_B && M)
-      kernels.transpose({sums, DType::f32, columns, nullptr, 1}, R, columns, data_of(dB) + begin * R, R);
+      kernels.transpose({sums, DType::f32, columns, nullptr, 1}, R, columns, dB + begin * R, R);
     else if (need_B)
-      std::memset(data_of(dB) + begin * R, 0, columns * R * sizeof(float));
+      std::memset(dB + begin * R, 0, columns * R * sizeof(float));
   });
   if (parts && M) {
-    float* sum = data_of(dv);
-    std::memcpy(sum, parts, M * R * sizeof(float));
+    std::memcpy(dv, parts, M * R * sizeof(float));
     for (int64_t task = 1; task < tasks; ++task) {
       const float* part = parts + task * M * R;
-      for (int64_t i = 0; i < M * R; ++i) sum[i] += part[i];
+      for (int64_t i = 0; i < M * R; ++i) dv[i] += part[i];
     }
   }
-  return {dv, dB, dz, t};
 }
 
-Tensor lora_in_grads(const Tensor& dx_, const Tensor& dv_, OptionalTensor x_, const Tensor& A_, OptionalTensor seed,
-                     double p, double scale) {
+void lora_in_grads(const View& dx_, const View& dv_, const View* x_, const View& A_, const View* seed, double p,
+                   double scale, const View& dA_) {
   const LowRankKernels& kernels = low_rank_kernels();
-  OneFactor A(View(A_), 0);
-  int64_t K = A.width(), R = A.rank(), M = dv_.size(0);
+  OneFactor A(A_, 0);
+  STD_TORCH_CHECK(dv_.dims == 2, "dv");
+  int64_t K = A.width(), R = A.rank(), M = dv_.sizes[0];
   Small dv(dv_, M, R);
   std::optional<Output> dx;
   if (dx_.numel()) {
-    dx.emplace(View(dx_));
+    dx.emplace(dx_);
     STD_TORCH_CHECK(dx->rows == M && dx->columns == K, "dx does not fit");
   }
   std::optional<Matrix> x;
   if (x_) {
-    x.emplace(View(*x_));
+    x.emplace(*x_);
     STD_TORCH_CHECK(x->rows == M && x->columns == K, "x does not fit");
   }
   OptionalDropout dropout(seed, p, K);
-  Tensor dA = x ? new_floats(dv_, R, K) : nothing(dv_);
+  float* dA = result(dA_, x ? R * K : 0);
   const float* unscaled = dv.data();
   float* scaled = floats(local_rows, M * R);
   for (int64_t i = 0; i < M * R; ++i) scaled[i] = float(scale) * unscaled[i];
-  if (dA.numel() && !M) std::memset(dA.data_ptr(), 0, R * K * sizeof(float));
+  if (x && !M) std::fill_n(dA, R * K, 0.0f);
   std::vector<float> ones(kRows, 1.0f);
   for_each_range(K, columns_of_task(K), worth_threads(M, K, R), [&](int64_t begin, int64_t end) {
     int64_t columns = end - begin;
+    uint16_t* mask = nullptr;
+    if (dropout.given && dx) {
+      size_t count = kRows * columns + kMostLanes;
+      mask = reinterpret_cast<uint16_t*>(tile_of_masks.get(count * sizeof(uint16_t)));
+    }
     for (int64_t row = 0; row < M; row += kRows) {
       int rows = int(std::min(kRows, M - row));
       float* of_rows = scaled + row * R;
+      bool more = !dropout.given && row + rows < M;
       if (x)
-        kernels.outer({of_rows, DType::f32, R, nullptr, 1}, R, Input{*x, dropout, kernels}.block(row, rows, begin, end),
-                      0, columns, rows, ones.data(), row > 0, data_of(dA) + begin, K, scratch());
+        kernels.outer({of_rows, DType::f32, R, nullptr, 1}, R, input(*x, dropout, row, rows, begin, end, mask), 0,
+                      columns, rows, ones.data(), row > 0, more, dA + begin, K, scratch());
+      else if (mask)
+        kernels.drop({}, rows, begin, end, dropout.dropout, row, nullptr, 0, mask, columns);
       if (!dx) continue;
       Rows out = block_of(*dx, row, begin);
-      if (!dropout.given) {
+      if (mask)
+        kernels.expand_kept(out, rows, of_rows, R, A.from(begin), 0, columns, mask, columns, scratch());
+      else
         kernels.expand(out, rows, of_rows, R, A.from(begin), 0, columns, scratch());
-        continue;
-      }
-      float* sums = floats(tile_of_sums, kRows * kTileColumns);
-      for (int64_t k = begin; k < end; k += kTileColumns) {
-        int64_t stop = std::min(k + kTileColumns, end);
-        std::memset(sums, 0, rows * kTileColumns * sizeof(float));
-        Rows tile{sums, DType::f32, kTileColumns, nullptr, 1};
-        kernels.expand(tile, rows, of_rows, R, A.from(k), 0, stop - k, scratch());
-        kernels.add_dropped(block_of(*dx, row, k), rows, k, stop, sums, kTileColumns, dropout.dropout, row);
-      }
     }
   });
   if (dx) dx->finish();
+}
+
+void lora_grads(const View& dx, const View& dy, const View& v, const View* x, const View& A, const View& B,
+                const View* seed, double p, double scale, const View& dA, const View& dB) {
+  STD_TORCH_CHECK(v.dims == 2, "v does not fit");
+  bool need_v = x || dx.numel(), need_B = dB.numel();
+  int64_t M = v.sizes[0], R = v.sizes[1], none = 0, one = 1, strides[] = {R, 1};
+  View nothing = floats_at(nullptr, &none, &one, 1);
+  View dv = need_v ? floats_at(floats(sums_of_rows, M * R), v.sizes, strides, 2) : nothing;
+  lora_out_grads(dy, v, B, nullptr, nullptr, nullptr, scale, need_v, need_B, dv, dB, nothing, nothing);
+  if (need_v) lora_in_grads(dx, dv, x, A, seed, p, scale, dA);
+}
+
+namespace {
+
+// ‖w + scale · Σ_r b[r] A[r]‖² of one row of K elements, as it stands.
+float norm_sq_of_sum(const Rows& w, int64_t K, const float* b, float scale, const OneFactor& A) {
+  const LowRankKernels& kernels = low_rank_kernels();
+  int64_t R = A.rank();
+  float* row = floats(tile_of_rows, K + R);
+  float* scaled = row + K;
+  kernels.transpose(w, 1, K, row, 1);
+  for (int64_t r = 0; r < R; ++r) scaled[r] = scale * b[r];
+  kernels.expand({row, DType::f32, K, nullptr, 1}, 1, scaled, R, A.table[0], 0, K, scratch());
+  double sum = 0;
+  for (int64_t k = 0; k < K; ++k) sum += double(row[k]) * row[k];
+  return float(sum);
+}
+
+}  // namespace
+
+void lora_weight_norm(const View& weight, const View& A_, const View& B_, const View& weight_norm_sq, double scale_,
+                      const View& norms) {
+  constexpr float kCancelled = 0.1f;  // reference/lora_linear.py
+  const LowRankKernels& kernels = low_rank_kernels();
+  Matrix W(weight), rows_of_A(A_), rows_of_B(B_);
+  OneFactor A(A_, 0);
+  int64_t N = W.rows, K = W.columns, R = A.rank();
+  STD_TORCH_CHECK(A.width() == K && rows_of_B.rows == N && rows_of_B.columns == R, "shapes differ");
+  ColumnValues given(&weight_norm_sq, N);
+  float scale = float(scale_);
+  // s A Aᵀ
+  float* products_of_A = floats(tile_of_sums, R * R);
+  std::fill_n(products_of_A, R * R, 0.0f);
+  for (int64_t k = 0; k < K; k += kPart)
+    kernels.shrink(rows_of_A.view(k, nullptr, 1), int(R), A.from(k), 0, std::min(kPart, K - k), k > 0, products_of_A, R,
+                   scratch());
+  for (int64_t i = 0; i < R * R; ++i) products_of_A[i] *= scale;
+  Factor among_A{products_of_A, DType::f32, int(R), R, 1};
+  float* out = result(norms, N);
+  for_each_range(N, rows_of_task(N), worth_threads(N, K, R), [&](int64_t first, int64_t end) {
+    int count = int(end - first);
+    float* products = floats(local_rows, 2 * count * R);  // with A: 2 W Aᵀ + s B A Aᵀ
+    float* b = products + count * R;
+    std::fill_n(products, count * R, 0.0f);
+    for (int64_t k = 0; k < K; k += kPart)
+      kernels.shrink(block_of(W, first, k), count, A.from(k), 0, std::min(kPart, K - k), k > 0, products, R, scratch());
+    for (int i = 0; i < count; ++i) kernels.transpose(block_of(rows_of_B, first + i, 0), 1, R, b + i * R, 1);
+    for (int64_t i = 0; i < count * R; ++i) products[i] *= 2;
+    kernels.expand({products, DType::f32, R, nullptr, 1}, count, b, R, among_A, 0, R, scratch());
+    for (int i = 0; i < count; ++i) {
+      float before = given.data[first + i], sum = 0;
+      for (int64_t r = 0; r < R; ++r) sum += products[i * R + r] * b[i * R + r];
+      float square = before + scale * sum;
+      if (square < kCancelled * before) square = norm_sq_of_sum(block_of(W, first + i, 0), K, b + i * R, scale, A);
+      out[first + i] = std::sqrt(std::max(square, 0.0f));
+    }
+  });
+}
+
+void lora_dropout(const View& x_, const View& seed, double p, const View& out) {
+  Matrix x(x_);
+  OptionalDropout dropout(&seed, p, x.columns);
+  STD_TORCH_CHECK(out.numel() == x.rows * x.columns && out.type == x_.type && out.is_contiguous(), "a result");
+  Matrix kept(out);
+  for_each_range(x.rows, rows_of_task(x.rows), worth_threads(x.rows, x.columns, 0), [&](int64_t first, int64_t end) {
+    low_rank_kernels().drop(block_of(x, first, 0), int(end - first), 0, x.columns, dropout.dropout, first,
+                            static_cast<char*>(kept.data) + first * x.columns * element_size(x.dtype), x.columns,
+                            nullptr, 0);
+  });
+}
+
+namespace {
+
+// The same as the dispatcher calls them.
+int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return rows;
+}
+std::vector<int64_t> sizes_of(const Tensor& t) { return {t.sizes().begin(), t.sizes().end()}; }
+
+Tensor forward(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& B, OptionalTensor column_scale,
+               OptionalTensor other, OptionalTensor other_scale, OptionalTensor bias, OptionalTensor seed, double p,
+               double scale) {
+  Tensor v = new_tensor({rows_of(x), A.size(0)});
+  lora_forward(View(y), View(x), View(A), View(B), OptionalView(column_scale), OptionalView(other),
+               OptionalView(other_scale), OptionalView(bias), OptionalView(seed), p, scale, View(v));
+  return v;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> out_grads(const Tensor& dy, const Tensor& v, const Tensor& B,
+                                                     OptionalTensor y, OptionalTensor bias, OptionalTensor column_scale,
+                                                     double scale, bool need_v, bool need_B) {
+  Tensor dv = new_tensor(need_v ? sizes_of(v) : std::vector<int64_t>{0});
+  Tensor dB = new_tensor(need_B ? sizes_of(B) : std::vector<int64_t>{0});
+  Tensor dz = new_tensor(column_scale ? sizes_of(dy) : std::vector<int64_t>{0}, &dy);
+  Tensor t = new_tensor({y ? B.size(0) : 0});
+  lora_out_grads(View(dy), View(v), View(B), OptionalView(y), OptionalView(bias), OptionalView(column_scale), scale,
+                 need_v, need_B, View(dv), View(dB), View(dz), View(t));
+  return {dv, dB, dz, t};
+}
+
+Tensor in_grads(const Tensor& dx, const Tensor& dv, OptionalTensor x, const Tensor& A, OptionalTensor seed, double p,
+                double scale) {
+  Tensor dA = new_tensor(x ? sizes_of(A) : std::vector<int64_t>{0});
+  lora_in_grads(View(dx), View(dv), OptionalView(x), View(A), OptionalView(seed), p, scale, View(dA));
   return dA;
 }
 
-Tensor lora_dropout(const Tensor& x_, const Tensor& seed, double p) {
-  Matrix x{View(x_)};
-  OptionalDropout dropout(seed, p, x.columns);
-  Tensor out = torch::stable::new_empty(x_, x_.sizes());
-  Matrix kept{View(out)};
-  for_each_range(x.rows, rows_of_task(x.rows), worth_threads(x.rows, x.columns, 0), [&](int64_t first, int64_t end) {
-    low_rank_kernels().drop(block_of(x, first, 0), int(end - first), 0, x.columns, dropout.dropout, first,
-                            block_of(kept, first, 0).data, x.columns);
-  });
+Tensor weight_norm(const Tensor& weight, const Tensor& A, const Tensor& B, const Tensor& weight_norm_sq, double scale) {
+  Tensor norms = new_tensor({weight.size(0)});
+  lora_weight_norm(View(weight), View(A), View(B), View(weight_norm_sq), scale, View(norms));
+  return norms;
+}
+
+Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
+  Tensor out = new_tensor(sizes_of(x), &x);
+  lora_dropout(View(x), View(seed), p, View(out));
   return out;
 }
 
@@ -322,8 +443,9 @@ Tensor lora_dropout(const Tensor& x_, const Tensor& seed, double p) {
 }  // namespace lora_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
-  m.impl("lora_forward_", TORCH_BOX(&lora_kernels::lora_forward));
-  m.impl("lora_out_grads", TORCH_BOX(&lora_kernels::lora_out_grads));
-  m.impl("lora_in_grads_", TORCH_BOX(&lora_kernels::lora_in_grads));
-  m.impl("lora_dropout", TORCH_BOX(&lora_kernels::lora_dropout));
+  m.impl("lora_forward_", TORCH_BOX(&lora_kernels::forward));
+  m.impl("lora_out_grads", TORCH_BOX(&lora_kernels::out_grads));
+  m.impl("lora_in_grads_", TORCH_BOX(&lora_kernels::in_grads));
+  m.impl("lora_weight_norm", TORCH_BOX(&lora_kernels::weight_norm));
+  m.impl("lora_dropout", TORCH_BOX(&lora_kernels::dropout));
 }

@@ -69,98 +69,66 @@ LK_INLINE vq counters(const Dropout& dropout, int64_t row, int64_t column) {
   return lanes + (uint64_t(row) * uint64_t(dropout.blocks) + uint64_t(column / 8));
 }
 
-// Keeps of `count` elements those whose half word is at least t: zeros for the others.
-template <class T>
-LK_INLINE void keep(const T* x, const uint16_t* halves, uint16_t t, int count, T* out) {
-  for (int i = 0; i < count; ++i) out[i] = halves[i] >= t ? x[i] : T{};
+// All ones where a half word is at least t, zero elsewhere.
+LK_INLINE void compare(uint16_t (&halves)[8 * Q], uint32_t t) {
+  constexpr int LANES = sizeof(v2h) / sizeof(uint16_t);
+#pragma GCC unroll 4
+  for (int i = 0; i < 8 * Q; i += LANES) {
+    v2h h;
+    memcpy(&h, halves + i, sizeof h);
+    h = (v2h)(h >= uint16_t(t));
+    memcpy(halves + i, &h, sizeof h);
+  }
 }
 
-// The same of 4 * W elements.
+// Keeps of 8 * Q elements those whose half word is all ones: zeros for the others.
 template <class T>
-LK_INLINE void keep_all(const T* x, const uint16_t* halves, uint16_t t, T* out) {
+LK_INLINE void keep_all(const T* x, const uint16_t* mask, T* out) {
   typedef typename select<sizeof(T) == 2, v2h, vu>::type V;
   constexpr int LANES = sizeof(V) / sizeof(T);
 #pragma GCC unroll 4
-  for (int i = 0; i < 4 * W; i += LANES) {
-    V v, h;
+  for (int i = 0; i < 8 * Q; i += LANES) {
+    V v, kept;
     memcpy(&v, x + i, sizeof v);
-    if constexpr (sizeof(T) == 2) {
-      memcpy(&h, halves + i, sizeof h);
-    } else {
-      vh narrow;
-      memcpy(&narrow, halves + i, sizeof narrow);
-      h = widened(narrow);
-    }
-    v &= (V)(h >= t);
+    if constexpr (sizeof(T) == 2)
+      memcpy(&kept, mask + i, sizeof kept);
+    else
+      kept = load_mask(mask + i);
+    v &= kept;
     memcpy((void*)(out + i), &v, sizeof v);
   }
 }
 
 template <class T>
 void drop_as(const Rows& x, int m, int64_t begin, int64_t end, const Dropout& dropout, int64_t first, T* out,
-             int64_t out_stride) {
+             int64_t out_stride, uint16_t* mask, int64_t mask_stride) {
   for (int i = 0; i < m; ++i) {
     const T* row = (const T*)x.data + i * x.stride;
-    T* to = out + i * out_stride;
-    if (dropout.threshold > 0xffff) {
-      memset((void*)to, 0, (end - begin) * sizeof(T));
-      continue;
-    }
     vq counter = counters(dropout, first + i, begin);
-    for (int64_t k = begin; k < end; k += 8 * Q, counter += Q) {
-      uint16_t halves[8 * Q];
-      prefetch(row + k - begin, m * x.stride);
-      philox(counter, dropout.key, halves);
-      if (end - k >= 8 * Q)
-        keep_all(row + k - begin, halves, uint16_t(dropout.threshold), to + k - begin);
+    for (int64_t k = 0; k < end - begin; k += 8 * Q, counter += Q) {
+      uint16_t halves[8 * Q] = {};
+      int count = end - begin - k < 8 * Q ? int(end - begin - k) : 8 * Q;
+      if (dropout.threshold <= 0xffff) {
+        philox(counter, dropout.key, halves);
+        compare(halves, dropout.threshold);
+      }
+      if (mask) memcpy(mask + i * mask_stride + k, halves, count * sizeof(uint16_t));
+      if (!out) continue;
+      T* to = out + i * out_stride + k;
+      for (int line = 0; line < 8 * Q; line += int(64 / sizeof(T))) prefetch(row + k + line, m * x.stride);
+      if (count == 8 * Q)
+        keep_all(row + k, halves, to);
       else
-        keep(row + k - begin, halves, uint16_t(dropout.threshold), int(end - k), to + k - begin);
+        for (int j = 0; j < count; ++j) to[j] = halves[j] ? row[k + j] : T{};
     }
   }
 }
 
 void drop(const Rows& x, int m, int64_t begin, int64_t end, const Dropout& dropout, int64_t first, void* out,
-          int64_t out_stride) {
+          int64_t out_stride, uint16_t* mask, int64_t mask_stride) {
   with_type(x.dtype, [&](auto xp) LK_LAMBDA {
     typedef typename element<decltype(xp)>::type X;
-    drop_as<X>(x, m, begin, end, dropout, first, (X*)out, out_stride);
-  });
-}
-
-template <class Y>
-void add_dropped_as(const Rows& y, int m, int64_t begin, int64_t end, const float* add, int64_t add_stride,
-                    const Dropout& dropout, int64_t first) {
-  if (dropout.threshold > 0xffff) return;
-  const vu t = vu{} + dropout.threshold;
-  for (int i = 0; i < m; ++i) {
-    Y* row = (Y*)y.data + i * y.stride;
-    const float* term = add + i * add_stride;
-    vq counter = counters(dropout, first + i, begin);
-    for (int64_t k = 0; k < end - begin; k += 8 * Q, counter += Q) {
-      uint16_t halves[8 * Q];
-      philox(counter, dropout.key, halves);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        int64_t n = k + j * W;
-        int live = end - begin - n < W ? int(end - begin - n) : W;
-        if (live <= 0) break;
-        vh h;
-        memcpy(&h, halves + j * W, sizeof h);
-        vu kept = (vu)(widened(h) >= t);
-        if (live == W)
-          store(row + n, load(row + n) + (vf)((vu)load(term + n) & kept));
-        else
-          store_n(row + n, load_n(row + n, live) + (vf)((vu)load_n(term + n, live) & kept), live);
-      }
-    }
-  }
-}
-
-void add_dropped(const Rows& y, int m, int64_t begin, int64_t end, const float* add, int64_t add_stride,
-                 const Dropout& dropout, int64_t first) {
-  with_type(y.dtype, [&](auto yp) LK_LAMBDA {
-    typedef typename element<decltype(yp)>::type Y;
-    add_dropped_as<Y>(y, m, begin, end, add, add_stride, dropout, first);
+    drop_as<X>(x, m, begin, end, dropout, first, (X*)out, out_stride, mask, mask_stride);
   });
 }
 

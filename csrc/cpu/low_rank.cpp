@@ -3,6 +3,7 @@
 
 #include "low_rank_add.h"
 #include "low_rank_schedule.h"
+#include "new_tensor.h"
 
 namespace lora_kernels {
 namespace {
@@ -43,7 +44,7 @@ Tensor lora_shrink(const Tensor& x, std::vector<Tensor> A, OptionalTensor ids, O
   int64_t k = in.rows ? pairs / in.rows : 1;
   Routing routing(OptionalView(ids), OptionalView(indptr), OptionalView(plan), in.rows, a.adapters, k);
   STD_TORCH_CHECK(routing.pairs == pairs, "pairs");
-  Tensor v = torch::stable::new_empty(x, {a.slices, pairs, a.padded_rank}, ScalarType::Float);
+  Tensor v = new_tensor({a.slices, pairs, a.padded_rank});
   if (v.numel()) std::memset(v.data_ptr(), 0, v.numel() * sizeof(float));
   LowRank op{routing, a.slices, a.padded_rank};
   op.x = &in, op.A = &a, op.v_out = static_cast<float*>(v.data_ptr());
@@ -87,7 +88,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
                   "pairs");
   Scales scales(OptionalView(scaling), scale, 1, adapters);
   int64_t P = left.columns, Q = right.columns;
-  Tensor out = torch::stable::new_empty(u, {adapters, P, Q}, ScalarType::Float);
+  Tensor out = new_tensor({adapters, P, Q});
   float* data = static_cast<float*>(out.data_ptr());
   if (out.numel()) std::memset(data, 0, out.numel() * sizeof(float));
   const LowRankKernels& kernels = low_rank_kernels();
@@ -102,7 +103,7 @@ Tensor lora_outer(const Tensor& u, const Tensor& w, int64_t adapters, OptionalTe
       s[i] = scales.at(0, group.adapter) * (per_pair.values ? per_pair.values[pair_of(group, i)] : 1.0f);
     kernels.outer(rows_of(left, group, 0, left.rows ? int(pairs / left.rows) : 1), P,
                   rows_of(right, group, 0, right.rows ? int(pairs / right.rows) : 1), begin, end, int(group.count), s,
-                  false, data + group.adapter * P * Q, Q, scratch());
+                  false, false, data + group.adapter * P * Q, Q, scratch());
   });
   return out;
 }

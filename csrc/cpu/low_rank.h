@@ -69,16 +69,17 @@ struct LowRankKernels {
   // y[i, n] += Σ v[i, j] B[j, n] over j < B.rank, for n in [begin, end), rounded once.
   void (*expand)(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
                  void* scratch);
-  // out[p, q] (+)= Σ s[i] u[i, p] w[i, q] over i < m, for p in [0, P) and q in [begin, end).
+  // `expand` where the mask, of column `begin` on and with room for a vector after the last row, is all ones.
+  void (*expand_kept)(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
+                      int64_t end, const uint16_t* mask, int64_t mask_stride, void* scratch);
+  // out[p, q] (+)= Σ s[i] u[i, p] w[i, q] over i < m, for p in [0, P) and q in [begin, end). more: as many rows of w
+  // after these are needed next.
   void (*outer)(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, bool add,
-                float* out, int64_t out_stride, void* scratch);
+                bool more, float* out, int64_t out_stride, void* scratch);
   // out[i, k - begin] = x[i, k - begin] or 0, in x's dtype, of rows first + i and columns k in [begin, end); begin a
-  // multiple of 8; in place too.
+  // multiple of 8; in place too. mask[i, k - begin]: all ones where it is kept, zero elsewhere. Either may be null.
   void (*drop)(const Rows& x, int m, int64_t begin, int64_t end, const Dropout& dropout, int64_t first, void* out,
-               int64_t out_stride);
-  // y[i, k - begin] += add[i, k - begin] where `drop` would keep it.
-  void (*add_dropped)(const Rows& y, int m, int64_t begin, int64_t end, const float* add, int64_t add_stride,
-                      const Dropout& dropout, int64_t first);
+               int64_t out_stride, uint16_t* mask, int64_t mask_stride);
   // y = what `of` says of y, plus add, rounded once.
   void (*combine)(const Rows& y, int m, int64_t columns, const float* add, int64_t add_stride, const Columns& of);
   // dz[i, n] = scale[n] dy[i, n] where there is a scale; t[n] += Σ dy[i, n] (y[i, n] - bias[n]) where there is a t. dy,

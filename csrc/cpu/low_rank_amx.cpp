@@ -25,8 +25,8 @@
 #include "low_rank_amx_shrink.h"
 
 namespace lora_kernels::amx {
-extern const LowRankKernels low_rank{"amx",       shrink,  expand,       outer_vectors, drop,
-                                     add_dropped, combine, column_grads, transpose,     linear};
+extern const LowRankKernels low_rank{"amx", shrink,  expand,       expand_kept, outer_vectors,
+                                     drop,  combine, column_grads, transpose,   linear};
 }  // namespace lora_kernels::amx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -14,8 +14,8 @@
 #include "lora_linear_kernels.h"
 
 namespace lora_kernels::avx2 {
-extern const LowRankKernels low_rank{"avx2",      shrink_vectors, expand_vectors, outer_vectors, drop,
-                                     add_dropped, combine,        column_grads,   transpose,     nullptr};
+extern const LowRankKernels low_rank{"avx2", shrink_vectors, expand_vectors, expand_kept, outer_vectors,
+                                     drop,   combine,        column_grads,   transpose,   nullptr};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -194,10 +194,24 @@ void shrink_vectors(const Rows& x, int m, const Factor& A, int64_t begin, int64_
   });
 }
 
+// What a product is added to: everywhere, or where the mask is all ones (of whole vectors, though the last may be cut).
+struct Everywhere {
+  LK_INLINE Everywhere from(int64_t, int64_t) const { return {}; }
+  LK_INLINE vf operator()(vf sum, int64_t, int64_t) const { return sum; }
+};
+struct Kept {
+  const uint16_t* mask;
+  int64_t stride;
+  LK_INLINE Kept from(int64_t row, int64_t column) const { return {mask + row * stride + column, stride}; }
+  LK_INLINE vf operator()(vf sum, int64_t row, int64_t column) const {
+    return (vf)((vu)sum & load_mask(mask + row * stride + column));
+  }
+};
+
 // y[i, n] += Σ_j v[i, j] b[j, n] for M rows and N vectors of columns.
-template <int M, int N, class Y, class T>
+template <int M, int N, class Where, class Y, class T>
 LK_INLINE void expand_block(Y* const* y, const float* v, int64_t v_stride, const T* b, int64_t b_stride, int rank,
-                            int last) {
+                            int last, Where where) {
   vf acc[M][N] = {};
   for (int j = 0; j < rank; ++j) {
     vf bv[N];
@@ -218,17 +232,18 @@ LK_INLINE void expand_block(Y* const* y, const float* v, int64_t v_stride, const
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       Y* p = y[i] + n * W;
+      vf sum = where(acc[i][n], i, n * W);
       if (n + 1 < N || last == W)
-        store(p, load(p) + acc[i][n]);
+        store(p, load(p) + sum);
       else
-        store_n(p, load_n(p, last) + acc[i][n], last);
+        store_n(p, load_n(p, last) + sum, last);
     }
 }
 
 // B with contiguous columns: [rank, N] rows of b, columns [0, count) of y's rows starting at `begin`.
-template <class Y, class T>
+template <class Y, class T, class Where>
 LK_INLINE void expand_columns(const Rows& y, int m, const float* v, int64_t v_stride, const T* b, int64_t b_stride,
-                              int rank, int64_t begin, int64_t count) {
+                              int rank, int64_t begin, int64_t count, Where where) {
   Y* rows[ROWS];
   for (int i = 0; i < m; i += ROWS) {
     int live = m - i < ROWS ? m - i : ROWS;
@@ -236,17 +251,22 @@ LK_INLINE void expand_columns(const Rows& y, int m, const float* v, int64_t v_st
     for (int64_t n = 0; n < count;) {
       for (int k = 0; k < live; ++k) rows[k] = (Y*)row_of<Y>(y, i + k) + begin + n;
       int64_t left = count - n;
+      if (W == 16 && live == ROWS && left >= 4 * W) {
+        expand_block<ROWS, 4>(rows, vi, v_stride, b + n, b_stride, rank, W, where.from(i, n));
+        n += 4 * W;
+        continue;
+      }
       if (live == ROWS && left >= 2 * W) {
-        expand_block<ROWS, 2>(rows, vi, v_stride, b + n, b_stride, rank, W);
+        expand_block<ROWS, 2>(rows, vi, v_stride, b + n, b_stride, rank, W, where.from(i, n));
         n += 2 * W;
         continue;
       }
       int last = left < W ? int(left) : W;
       if (live == ROWS)
-        expand_block<ROWS, 1>(rows, vi, v_stride, b + n, b_stride, rank, last);
+        expand_block<ROWS, 1>(rows, vi, v_stride, b + n, b_stride, rank, last, where.from(i, n));
       else
         for (int k = 0; k < live; ++k)
-          expand_block<1, 1>(rows + k, vi + k * v_stride, v_stride, b + n, b_stride, rank, last);
+          expand_block<1, 1>(rows + k, vi + k * v_stride, v_stride, b + n, b_stride, rank, last, where.from(i + k, n));
       n += W;
     }
   }
@@ -267,12 +287,12 @@ LK_INLINE void transpose_to_floats(const T* b, int64_t b_stride, int columns, in
   }
 }
 
-template <class Y, class T>
+template <class Y, class T, class Where>
 void expand_as(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& factor, int64_t begin, int64_t end,
-               void* scratch) {
+               Where where, void* scratch) {
   const T* b = (const T*)factor.data;
   if (factor.stride == 1) {
-    expand_columns<Y>(y, m, v, v_stride, b + begin, factor.rank_stride, factor.rank, begin, end - begin);
+    expand_columns<Y>(y, m, v, v_stride, b + begin, factor.rank_stride, factor.rank, begin, end - begin, where);
     return;
   }
   constexpr int64_t COLUMNS = 128;
@@ -283,33 +303,44 @@ void expand_as(const Rows& y, int m, const float* v, int64_t v_stride, const Fac
       int columns = count - c < W ? int(count - c) : W;
       transpose_to_floats(b + (n + c) * factor.stride, factor.stride, columns, factor.rank, t + c, COLUMNS);
     }
-    expand_columns<Y>(y, m, v, v_stride, t, COLUMNS, factor.rank, n, count);
+    expand_columns<Y>(y, m, v, v_stride, t, COLUMNS, factor.rank, n, count, where.from(0, n - begin));
   }
 }
 
-void expand_vectors(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
-                    void* scratch) {
+template <class Where>
+LK_INLINE void expand_where(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin,
+                            int64_t end, Where where, void* scratch) {
   with_type(y.dtype, [&](auto yp) LK_LAMBDA {
     with_type(B.dtype, [&](auto bp) LK_LAMBDA {
       typedef typename element<decltype(yp)>::type Y;
       typedef typename element<decltype(bp)>::type T;
-      expand_as<Y, T>(y, m, v, v_stride, B, begin, end, scratch);
+      expand_as<Y, T>(y, m, v, v_stride, B, begin, end, where, scratch);
     });
   });
+}
+
+void expand_vectors(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
+                    void* scratch) {
+  expand_where(y, m, v, v_stride, B, begin, end, Everywhere(), scratch);
+}
+
+void expand_kept(const Rows& y, int m, const float* v, int64_t v_stride, const Factor& B, int64_t begin, int64_t end,
+                 const uint16_t* mask, int64_t mask_stride, void* scratch) {
+  expand_where(y, m, v, v_stride, B, begin, end, Kept{mask, mask_stride}, scratch);
 }
 
 // Rows of `outer` held in registers, twice as many vectors.
 constexpr int OUTER = W == 16 ? 8 : 4;
 
-// out[p, 0:N * W) of P rows (+)= Σ_i u[i, p] w[i, 0:N * W) over m rows; `last` columns of the last vector. AHEAD: with
-// what lies m rows further on its way.
+// out[p, 0:N * W) of P rows (+)= Σ_i u[i, p] w[i, 0:N * W) over m rows; `last` columns of the last vector. AHEAD: and
+// the m rows after these are fetched, of 1 << shift calls the `share`-th fetching its part of them.
 template <int P, int N, bool AHEAD, class T>
 LK_INLINE void outer_block(const float* u, int64_t u_stride, const Rows& w, int64_t first, int64_t q, int m, int last,
-                           bool add, float* out, int64_t out_stride) {
+                           bool add, float* out, int64_t out_stride, int share, int shift) {
   vf acc[P][N] = {};
   for (int i = 0; i < m; ++i) {
     const T* row = row_of<T>(w, first + i) + q;
-    if (AHEAD) prefetch(row, m * w.stride);
+    if (AHEAD) prefetch((const T*)w.data + q, (first + m + ((share * m + i) >> shift)) * w.stride);
     vf wv[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) wv[n] = last == W ? load(row + n * W) : load_n(row, last);
@@ -334,25 +365,28 @@ LK_INLINE void outer_block(const float* u, int64_t u_stride, const Rows& w, int6
 // `count` rows of `out`, as many vectors wide.
 template <int N, class T>
 LK_INLINE void outer_rows(const float* u, int64_t u_stride, int64_t count, const Rows& w, int64_t first, int64_t q,
-                          int m, int last, bool add, float* out, int64_t out_stride) {
+                          int m, int last, bool add, bool ahead, float* out, int64_t out_stride) {
   int64_t p = 0;
-  if (!w.index && count >= OUTER) {
-    outer_block<OUTER, N, true, T>(u, u_stride, w, first, q, m, last, add, out, out_stride);
-    p = OUTER;
+  if (ahead) {
+    int shift = count >= 4 * OUTER ? 2 : count >= 2 * OUTER;
+    for (; p + OUTER <= count && p < OUTER << shift; p += OUTER)
+      outer_block<OUTER, N, true, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride,
+                                     int(p / OUTER), shift);
   }
   for (; p + OUTER <= count; p += OUTER)
-    outer_block<OUTER, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride);
+    outer_block<OUTER, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride, 0, 0);
   for (; p < count; ++p)
-    outer_block<1, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride);
+    outer_block<1, N, false, T>(u + p, u_stride, w, first, q, m, last, add, out + p * out_stride, out_stride, 0, 0);
 }
 
 template <class U, class T>
 void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, bool add,
-              float* out, int64_t out_stride, void* scratch) {
+              bool more, float* out, int64_t out_stride, void* scratch) {
   constexpr int BLOCK = 64, COLUMNS = 512;
   float* wide = (float*)scratch;  // [BLOCK, COLUMNS]: s · u
   for (int first = 0; first < m; first += BLOCK) {
     int rows = m - first < BLOCK ? m - first : BLOCK;
+    bool ahead = !w.index && (more || first + rows < m);
     for (int64_t p0 = 0; p0 < P; p0 += COLUMNS) {
       int64_t count = P - p0 < COLUMNS ? P - p0 : COLUMNS;
       for (int i = 0; i < rows; ++i) {
@@ -364,21 +398,21 @@ void outer_as(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t en
       float* o = out + p0 * out_stride;
       int64_t q = begin;
       for (; q + 2 * W <= end; q += 2 * W)
-        outer_rows<2, T>(wide, COLUMNS, count, w, first, q, rows, W, on, o + q, out_stride);
+        outer_rows<2, T>(wide, COLUMNS, count, w, first, q, rows, W, on, ahead, o + q, out_stride);
       for (; q < end; q += W)
-        outer_rows<1, T>(wide, COLUMNS, count, w, first, q, rows, end - q < W ? int(end - q) : W, on, o + q,
+        outer_rows<1, T>(wide, COLUMNS, count, w, first, q, rows, end - q < W ? int(end - q) : W, on, ahead, o + q,
                          out_stride);
     }
   }
 }
 
 void outer_vectors(const Rows& u, int64_t P, const Rows& w, int64_t begin, int64_t end, int m, const float* s, bool add,
-                   float* out, int64_t out_stride, void* scratch) {
+                   bool more, float* out, int64_t out_stride, void* scratch) {
   with_type(u.dtype, [&](auto up) LK_LAMBDA {
     with_type(w.dtype, [&](auto wp) LK_LAMBDA {
       typedef typename element<decltype(up)>::type U;
       typedef typename element<decltype(wp)>::type T;
-      outer_as<U, T>(u, P, w, begin, end, m, s, add, out, out_stride, scratch);
+      outer_as<U, T>(u, P, w, begin, end, m, s, add, more, out, out_stride, scratch);
     });
   });
 }

@@ -4,6 +4,6 @@
 #include "lora_linear_kernels.h"
 
 namespace lora_kernels::portable {
-extern const LowRankKernels low_rank{"portable",  shrink_vectors, expand_vectors, outer_vectors, drop,
-                                     add_dropped, combine,        column_grads,   transpose,     nullptr};
+extern const LowRankKernels low_rank{"portable", shrink_vectors, expand_vectors, expand_kept, outer_vectors,
+                                     drop,       combine,        column_grads,   transpose,   nullptr};
 }

@@ -85,6 +85,18 @@ LK_INLINE vu widened(vh h) {
   return __builtin_convertvector(h, vu);
 #endif
 }
+// Half words that are all ones or zero, as words.
+LK_INLINE vu load_mask(const uint16_t* p) {
+  vh h;
+  memcpy(&h, p, sizeof h);
+#if LK_WIDTH == 16
+  return (vu)_mm512_cvtepi16_epi32((__m256i)h);
+#elif LK_WIDTH == 8
+  return (vu)_mm256_cvtepi16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu) * 0x10001;
+#endif
+}
 LK_INLINE vh narrowed(vu u) {
 #if LK_WIDTH == 16
   return (vh)_mm512_cvtepi32_epi16((__m512i)u);

@@ -1,44 +1,35 @@
 // The extension module. Importing it registers the kernels of cpu/ and cuda/; the schemas live in Python.
 //
-// Besides, it holds what Python calls a hundred times for one token of a model, where the price of the dispatcher and
-// of Python itself shows: `lora_add_` and
-// `lora_linear` without the dispatcher, and the forward of a layer that is as it was.
+// Besides, it holds what Python calls a hundred times for one token of a model or one step of its training, where the
+// price of the dispatcher and of Python itself shows: `lora_add_`, `lora_linear` and the ops of training without the
+// dispatcher, and the forward of a layer that is as it was.
 #include <Python.h>
 
-#include <exception>
-
 #include "../cpu/low_rank_add.h"
+#include "calls.h"
 #include "layers.h"
 #include "linear.h"
-#include "tensors.h"
+#include "training.h"
 
 namespace lora_kernels {
 namespace {
 
 // lora_add_(its arguments) -> bool: whether it was done here; nothing is written otherwise.
 PyObject* add(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 11) {
-    PyErr_SetString(PyExc_TypeError, "lora_add_ takes 11 arguments");
-    return nullptr;
-  }
-  if (!connected() || watched()) Py_RETURN_FALSE;
-  double scale = PyFloat_AsDouble(args[10]);
-  if (scale == -1.0 && PyErr_Occurred()) return nullptr;
-  try {
+  if (!takes("lora_add_", count, 11)) return nullptr;
+  return unless_watched(Py_False, [&] {
+    double scale = number(args[10]);
     View y = view_of_input(args[0]), x = view_of_input(args[1]);
     Sequence A(args[2]), B(args[3]);
     OptionalView ids = optional_view_of(args[4]), indptr = optional_view_of(args[5]), plan = optional_view_of(args[6]);
     OptionalView scaling = optional_view_of(args[7]), ranks = optional_view_of(args[8]);
     OptionalView weights = optional_view_of(args[9]);
-    WithoutGIL unlocked;
-    low_rank_add(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, scale);
-  } catch (const NeedsDispatcher&) {
-    Py_RETURN_FALSE;
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-    return nullptr;
-  }
-  Py_RETURN_TRUE;
+    {
+      WithoutGIL unlocked;
+      low_rank_add(y, x, A, B, ids, indptr, plan, scaling, ranks, weights, scale);
+    }
+    return Ref::to(Py_True).release();
+  });
 }
 
 PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
@@ -47,6 +38,12 @@ PyCFunction fast(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t))
 
 PyMethodDef methods[] = {
     {"lora_add_", fast(add), METH_FASTCALL, nullptr},
+    {"lora_forward_", fast(training_forward), METH_FASTCALL, nullptr},
+    {"lora_out_grads", fast(training_out_grads), METH_FASTCALL, nullptr},
+    {"lora_in_grads_", fast(training_in_grads), METH_FASTCALL, nullptr},
+    {"lora_grads", fast(training_grads), METH_FASTCALL, nullptr},
+    {"lora_weight_norm", fast(training_weight_norm), METH_FASTCALL, nullptr},
+    {"lora_dropout", fast(training_dropout), METH_FASTCALL, nullptr},
     {"lora_linear", fast(lora_linear), METH_FASTCALL, nullptr},
     {"connect", fast(connect), METH_FASTCALL, nullptr},
     {"connect_linear", fast(connect_linear), METH_FASTCALL, nullptr},

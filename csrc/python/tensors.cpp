@@ -58,7 +58,7 @@ View view_of(PyObject* object) {
   // The imaginary part of a conjugate is a view that torch negates when it is read; where it has more than one element
   // along a dimension, the stride is even.
   bool plain = t.dtype.code != dlpack::kFloat;
-  for (int d = 0; d < t.ndim; ++d) plain |= t.shape[d] > 1 && t.strides[d] % 2 != 0;
+  for (int d = 0; d < t.ndim; ++d) plain |= t.shape[d] == 0 || (t.shape[d] > 1 && t.strides[d] % 2 != 0);
   if (t.device.type != dlpack::kCPU || !plain) throw NeedsDispatcher();
   View view;
   view.data = static_cast<char*>(t.data) + t.byte_offset;

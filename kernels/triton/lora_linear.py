@@ -32,6 +32,7 @@ from .low_rank import (
     _outer_parts,
     _parts,
     _shrink,
+    lora_shrink,
     steps,
 )
 
@@ -200,3 +201,11 @@ def _outer_alone(u: Tensor, w: Tensor, dtype: torch.dtype, gpu: Gpu) -> Tensor:
 
 def _packed(columns: Tensor | None) -> Tensor | None:
     return None if columns is None else columns.contiguous()
+
+
+def lora_weight_norm(weight: Tensor, A: Tensor, B: Tensor, weight_norm_sq: Tensor, scale: float) -> Tensor:
+    """‖W + s B A‖ of each row, see the reference: the weight is read once, by the shrink, as it is."""
+    if weight.stride(-1) != 1:
+        return reference.lora_weight_norm(weight, A, B, weight_norm_sq, scale)
+    products = lora_shrink(weight, [A], None, None, None, None, weight.shape[0])[0]
+    return reference.norm_of_products(products, weight, A, B, weight_norm_sq, scale)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Linear
 from torch.nn.functional import linear
@@ -22,11 +21,11 @@ from torch.nn.functional import linear
 from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops._low_rank import lora_add_
-from ..ops.lora_linear import _Dropout, dora, draw_seed, lora, row_norms_sq, weight_norm
+from ..ops.lora_linear import _Dropout, apply_lora, dora, draw_seed, lora, row_norms_sq
 from ..ops.low_rank import _call, _multi_lora
 from ..reference.dropout import keep_scale, threshold
 from ._peft_batch import Names
-from ._peft_state import GLOBAL_HOOKS, State, look, recall, split
+from ._peft_state import State, look, recall, split, unusual
 
 autocast = torch._C._is_any_autocast_enabled
 _compiled, _on_gpu = extension_error is None, lora_add_.has_gpu_kernel()
@@ -37,9 +36,9 @@ _in_graphs: list[Tensor] = []  # plans and scales that a captured graph reads, w
 
 def forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
     """The layer's output, or None, with nothing done, where PEFT's own forward must run."""
-    if type(x) is not Tensor or x.dtype is torch.float64 or unusual():
-        return None
     compiling = is_compiling()
+    if type(x) is not Tensor or x.dtype is torch.float64 or (compiling and unusual()):
+        return None
     forced = None if compiling else forced_backend()
     if forced is None and not (_compiled if x.is_cpu else _on_gpu and x.is_cuda):
         return None
@@ -60,7 +59,7 @@ def forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         return None
     if wanted and table is not None and len(state.adapters) != len(wanted):  # this layer lacks some of the batch's
         table = names.among(state.adapters).routing(rows, x)[1]
-    grad = torch.is_grad_enabled() and _any_requires_grad(x, state)
+    grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(state))
     if grad and state.backward_hooks:
         now = look(layer, wanted, [])  # they may be gone
         if now is None or now.backward_hooks:
@@ -69,7 +68,7 @@ def forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         if state.magnitude is not None:
             return None
         state = state._replace(weight=None)
-    if any(core is not None for core in state.cores):
+    if state.cores:
         state = _with_cores(state)
     if compiling:
         state = _scaled(state)
@@ -96,7 +95,8 @@ def _with_cores(state: State) -> State:
     """The same with each core inside B."""
     pairs = zip(state.B, state.cores, strict=True)
     B = [b.float() if core is None else b.float() * core.float() for b, core in pairs]
-    return state._replace(A=[a.float() for a in state.A], B=B, cores=())
+    bare = not any(state.dropouts) and all(b is None for b in state.biases)
+    return state._replace(A=[a.float() for a in state.A], B=B, cores=(), bare=bare)
 
 
 def _scaled(state: State) -> State:
@@ -113,13 +113,8 @@ def fits(factors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return first in (dtype, torch.float32) and all(t.dtype is first for t in factors)
 
 
-def unusual() -> Any:
-    """Whether something is on in this thread that a call of PEFT's modules would see and the kernels would not."""
-    return any(GLOBAL_HOOKS) or forward_ad._current_level >= 0
-
-
-def _any_requires_grad(x: Tensor, state: State) -> bool:
-    tensors = (x, state.weight, state.bias, state.magnitude, *state.A, *state.B, *state.biases, *state.cores)
+def _any_requires_grad(state: State) -> bool:
+    tensors = (state.weight, state.bias, state.magnitude, *state.A, *state.B, *state.biases, *state.cores)
     return state.weight is None or any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -132,7 +127,7 @@ def _output(layer: Any, state: State, x: Tensor, table: Tensor | None, grad: boo
         return _added(state, x, linear(x, state.weight, state.bias), table, grad)
     if state.bare:
         A, B, scale = _concatenated(state)
-        return lora(x, state.weight, state.bias, None, scale, A[0], B[0])
+        return apply_lora(x, state.weight, state.bias, None, scale, A[0], B[0], None, 0.0, None)
     return _one_by_one(state, x, None)
 
 
@@ -184,9 +179,8 @@ def _dora(state: State, x: Tensor) -> Tensor:
         if not state.norms or state.norms[0] != key:
             state.norms[:] = key, row_norms_sq(weight)  # type: ignore[arg-type]
         norms = state.norms[1]
-    norm = weight_norm(weight, A, B, scale, norms)  # type: ignore[arg-type]
     seed = draw_seed(x) if threshold(p) else None
-    return dora(x, weight, state.bias, scale, A, B, state.magnitude, norm, seed, p)  # type: ignore[arg-type]
+    return dora(x, weight, state.bias, scale, A, B, state.magnitude, norms, seed, p)  # type: ignore[arg-type]
 
 
 def _added(state: State, x: Tensor, y: Tensor, table: Tensor | None, grad: bool) -> Tensor:

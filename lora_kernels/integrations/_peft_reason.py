@@ -16,8 +16,7 @@ from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops._low_rank import lora_add_
 from ..select import choose
-from ._peft_forward import unusual
-from ._peft_state import KASA, MICA, conv1d
+from ._peft_state import KASA, MICA, conv1d, unusual
 
 DISABLED = "base layer only: adapters disabled"
 MERGED = "base layer only: adapters merged"

@@ -13,10 +13,10 @@ from torch.nn import Dropout, Identity, Linear, Parameter
 from ..ops import _check
 from ..ops.lora_linear import draw_seed, lora
 from ..reference.dropout import threshold
-from ._peft_forward import unusual
 from ._peft_layer import _forced_in_vain, _warn_once
 from ._peft_reason import DISABLED, INACTIVE, MERGED, _altered, _backend_reason, _name, _short, base_reason
 from ._peft_relatives import CLASSES, Parts, relative_of
+from ._peft_state import unusual
 
 SEVERAL = "several active adapters"
 

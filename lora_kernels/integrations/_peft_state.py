@@ -59,21 +59,23 @@ class State(NamedTuple):
     biases: tuple[Tensor | None, ...]  # of lora_B
     magnitude: Tensor | None  # of DoRA
     norms: list[Any]  # what ‖W‖² was computed of, and ‖W‖²
-    cores: tuple[Tensor | None, ...]  # [R], the diagonal of KaSA
+    cores: tuple[Tensor | None, ...]  # [R], the diagonal of KaSA; () where there is none
+    bare: bool  # an adapter is its factors and its scale, and no more
 
-    @property
-    def bare(self) -> bool:
-        """Whether an adapter is its factors and its scale, and no more."""
-        beyond = (self.magnitude, *self.biases, *self.cores)
-        return not any(self.dropouts) and all(t is None for t in beyond)
+
+def unusual() -> Any:
+    """Whether something is on in this thread that a call of PEFT's modules would see and the kernels would not."""
+    return any(GLOBAL_HOOKS) or forward_ad._current_level >= 0
 
 
 def recall(layer: Module, wanted: Wanted) -> State | None:
     """The state of the layer, looked up anew if anything read of it has changed; None where PEFT's forward must run."""
     if extension is None:
-        return look(layer, wanted, [])
+        return None if unusual() else look(layer, wanted, [])
     state = extension.recall(layer, wanted)
     if state is None:
+        if unusual():
+            return None
         facts: list[Any] = [vars(forward_ad), "_current_level", forward_ad._current_level]
         for hooks in GLOBAL_HOOKS:
             facts.extend((hooks, ITEMS, ()))
@@ -238,9 +240,12 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
         backward_hooks = backward_hooks or any(map(_has_backward_hooks, (a, b, dropout)))
     if not A or (mixed and (len(set(probabilities)) > 1 or any(b is not None for b in biases))):
         return None
+    if not any(core is not None for core in cores):
+        cores = []
+    bare = magnitude is None and not (cores or any(probabilities) or any(b is not None for b in biases))
     return State(
         weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks,
-        tuple(probabilities), tuple(biases), magnitude, [], tuple(cores),
+        tuple(probabilities), tuple(biases), magnitude, [], tuple(cores), bare,
     )  # fmt: skip
 
 

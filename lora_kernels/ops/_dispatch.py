@@ -143,6 +143,15 @@ def one_device(*args: Any) -> None:
         raise RuntimeError(f"tensors on {len(devices)} devices")
 
 
+def _on_one_device(new: Callable) -> Callable:
+    @functools.wraps(new)
+    def fake(*args: Any) -> Any:
+        one_device(*args)
+        return new(*args)
+
+    return fake
+
+
 class Op:
     """One registered op: calling it runs the backend chosen for its first tensor's device.
 
@@ -150,6 +159,7 @@ class Op:
         reference: the op in plain PyTorch; its signature is the schema.
         mutates: the names of the arguments it writes.
         fake: what it returns, without data.
+        new: in place of ``fake``: room for what it returns, of its arguments; :attr:`native` fills it.
         flops: its FLOP formula.
         composite: made of other ops where it has no kernel of its own: then it is as fast as they are.
         cuda_refuses: of its arguments: why the CUDA kernel can't take them, or None.
@@ -163,7 +173,8 @@ class Op:
         reference: Callable,
         *,
         mutates: tuple[str, ...] = (),
-        fake: Callable,
+        fake: Callable | None = None,
+        new: Callable | None = None,
         flops: Callable | None = None,
         composite: bool = False,
         cuda_refuses: Callable[..., str | None] = lambda *args: None,
@@ -174,12 +185,17 @@ class Op:
         schema = infer_schema(reference, mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        if new is not None:
+            fake = _on_one_device(new)
+        assert fake is not None, "an op needs fake or new"
         register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         #: The dispatcher's own callable, without a Python frame around it.
         self.direct = self.overload._op
-        #: The compiled kernels without the dispatcher: of its arguments; False where the dispatcher must take the call.
-        self.native: Callable[..., bool] | None = getattr(extension, self.name, None)
+        #: The compiled kernels without the dispatcher: of its arguments, and of ``new`` if there is one, the results;
+        #: False or None, with nothing done, where the dispatcher must take the call.
+        self.native: Callable[..., Any] | None = getattr(extension, self.name, None)
+        self.new = new if self.native is not None else None
         self.family = reference.__module__.rpartition(".")[2].removeprefix("_")
         self.composite = composite
         self.cuda_refuses, self.prefers_cuda = cuda_refuses, prefers_cuda
@@ -270,6 +286,10 @@ class Op:
                 _say_missing()
             if self.composite and args[0].is_cpu:
                 return self.reference(*args)
+            if self.new is not None and args[0].is_cpu:
+                results = self.native(*args, self.new)  # type: ignore[misc]
+                if results is not None:
+                    return results
             return self.direct(*args)
         device = next(a for a in args if isinstance(a, Tensor)).device.type
         choice = choose(device, self.backends(), forced, interpreted=_env.interpreted())

@@ -14,9 +14,10 @@ from torch.nn.functional import linear
 
 from ..reference.dropout import keep_scale, threshold
 from . import _check
-from ._dispatch import extension, forced_backend, under
-from ._lora_linear import lora_dropout, lora_forward_, lora_in_grads_, lora_out_grads
-from ._low_rank import lora_add_, lora_shrink
+from ._autograd import applied, note_backend, once_differentiable
+from ._dispatch import extension, forced_backend
+from ._lora_linear import lora_dropout, lora_forward_, lora_in_grads_, lora_out_grads, lora_weight_norm
+from ._low_rank import lora_add_
 from .low_rank import _call, _needs_grad, _scaling
 
 
@@ -125,8 +126,7 @@ def lora_linear(
         A, B = _folded(A, B, core, delta_in_scale, delta_scale)
     p, seed = _dropout(dropout, training, seed, x)
     if magnitude is not None:
-        norm = weight_norm(weight, A, B, scale, weight_norm_sq)
-        return dora(x, weight, bias, scale, A, B, magnitude, norm, seed, p)
+        return dora(x, weight, bias, scale, A, B, magnitude, weight_norm_sq, seed, p)
     if in_scale is None and out_scale is None:
         return lora(x, weight, bias, None, scale, A, B, seed, p)
     base = linear(x if in_scale is None else (x * in_scale).to(x.dtype), weight, _as(bias, x))
@@ -151,7 +151,7 @@ def lora(
     ``delta_bias``, fp32 [N], is the adapter's own and not rounded before the sum is.
     """
     if _needs_grad(x, bias, y, A, B, delta_bias):
-        return _LoRA.apply(x, weight, bias, y, scale, A, B, seed, p, delta_bias)
+        return apply_lora(x, weight, bias, y, scale, A, B, seed, p, delta_bias)
     if y is None:
         y = linear(x, weight, _as(bias, x))  # type: ignore[arg-type]
     if seed is None and delta_bias is None:
@@ -168,35 +168,12 @@ def dora(
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
-    norm: Tensor,
+    weight_norm_sq: Tensor | None,
     seed: Tensor | None = None,
     p: float = 0.0,
 ) -> Tensor:
-    """``lora_linear`` with a magnitude, given the norms. Arguments are right."""
-    return _DoRA.apply(x, weight, bias, scale, A, B, magnitude, norm, seed, p)
-
-
-@torch.no_grad()
-def weight_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float, weight_norm_sq: Tensor | None = None) -> Tensor:
-    """‖W + s B A‖ of each row, fp32 [N], without the product B A.
-
-    Its square is ‖W‖² + 2 s · rowsum(B∘(W Aᵀ)) + s² · rowsum((B A Aᵀ)∘B), row by row. On the CPU rows that nearly
-    cancel are computed as they stand.
-    """
-    if weight_norm_sq is None:
-        weight_norm_sq = row_norms_sq(weight)
-    wide, tall = A.float(), B.float()
-    if weight.stride(-1) == 1:
-        product = lora_shrink(weight, (A,), None, None, None, None, weight.shape[0])[0]
-    else:
-        product = weight.float() @ wide.T
-    square = weight_norm_sq + (tall * torch.addmm(product, tall, wide @ wide.T, beta=2 * scale, alpha=scale**2)).sum(1)
-    if _check.readable(square):
-        cancelled = square < 0.1 * weight_norm_sq
-        if cancelled.any():
-            rows = weight[cancelled].float().addmm(tall[cancelled], wide, alpha=scale)
-            square[cancelled] = rows.square().sum(1)
-    return square.clamp_min_(0).sqrt_()
+    """``lora_linear`` with a magnitude. Arguments are right."""
+    return _apply_dora(x, weight, bias, scale, A, B, magnitude, weight_norm_sq, seed, p)
 
 
 def row_norms_sq(weight: Tensor) -> Tensor:
@@ -322,7 +299,7 @@ class _LoRA(torch.autograd.Function):
             ctx.mark_dirty(y)
         scale *= keep_scale(p)
         v = lora_forward_(y, x, A, B, None, None, None, delta_bias, seed, p, scale)
-        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 5, 6))
+        need_x, _, _, _, _, need_A, need_B, _, _, _ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if need_A else None,
             weight if need_x else None,
@@ -333,30 +310,47 @@ class _LoRA(torch.autograd.Function):
         )
         ctx.scale, ctx.p, ctx.rank = scale, p, v.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.backend = None if is_compiling() else forced_backend()
+        note_backend(ctx)
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, v, A, B, seed = ctx.saved_tensors
         need_x, _, need_bias, need_y, _, need_A, need_B, _, _, need_delta_bias = ctx.needs_input_grad
         dx = dA = dB = sums = None
-        with under(ctx.backend):
-            if need_x or need_A or need_B:
-                if v is None:
-                    v = dy.new_empty(dy.shape[:-1].numel(), ctx.rank, dtype=torch.float32)
-                dv, dB, _, _ = lora_out_grads(dy, v, B, None, None, None, ctx.scale, need_x or need_A, need_B)
-                dB = dB.to(B.dtype) if need_B else None
-            if need_x:
-                dx = dy.new_zeros(*dy.shape[:-1], A.shape[1]) if weight is None else torch.matmul(dy, weight)
-            if need_x or need_A:
-                dA = lora_in_grads_(dy.new_empty(0) if dx is None else dx, dv, x, A, seed, ctx.p, ctx.scale)
-                dA = dA.to(A.dtype) if need_A else None
-            if need_bias or need_delta_bias:
-                sums = _column_sums(dy)
+        if need_x:
+            dx = dy.new_zeros(*dy.shape[:-1], A.shape[1]) if weight is None else torch.matmul(dy, weight)
+        if need_x or need_A or need_B:
+            if v is None:
+                v = dy.new_empty(dy.shape[:-1].numel(), ctx.rank, dtype=torch.float32)
+            dA, dB = _add_grads(dx, dy, v, x, A, B, seed, ctx.p, ctx.scale, need_B)
+        if need_bias or need_delta_bias:
+            sums = _column_sums(dy)
         dbias = sums.to(ctx.bias_dtype) if need_bias else None
         return dx, None, dbias, dy if need_y else None, None, dA, dB, None, None, sums if need_delta_bias else None
+
+
+def _add_grads(dx, dy, v, x, A, B, seed, p, scale, need_B):
+    """(dA, dB) of y += s (x̃ Aᵀ) Bᵀ, dA without x and dB where not needed None; dx gets its part."""
+    step = dy.new_empty(0) if dx is None else dx
+    grads = None
+    if _native_grads is not None and dy.is_cpu and not is_compiling() and forced_backend() is None:
+        grads = _native_grads(step, dy, v, x, A, B, seed, p, scale, need_B, _new_grads)
+    if grads is None:
+        need_v = not (dx is x is None)
+        dv, dB, _, _ = lora_out_grads(dy, v, B, None, None, None, scale, need_v, need_B)
+        grads = lora_in_grads_(step, dv, x, A, seed, p, scale) if need_v else None, dB
+    dA, dB = grads
+    return None if x is None else dA.to(A.dtype), dB.to(B.dtype) if need_B else None
+
+
+def _new_grads(dx, dy, v, x, A, B, seed, p, scale, need_B):
+    return v.new_empty(0 if x is None else A.shape), v.new_empty(B.shape if need_B else 0)
+
+
+#: Both ops in one call, and without the dispatcher: of their arguments; None where the ops must be called.
+_native_grads = getattr(extension, "lora_grads", None)
 
 
 class _Dropout(torch.autograd.Function):
@@ -366,10 +360,11 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx, x, seed, p):
         ctx.save_for_backward(seed)
         ctx.p = p
+        note_backend(ctx)
         return lora_dropout(x, seed, p)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         return lora_dropout(dy, *ctx.saved_tensors, ctx.p), None, None
 
@@ -378,8 +373,11 @@ class _DoRA(torch.autograd.Function):
     """c∘(x Wᵀ + s (x Aᵀ) Bᵀ) + bias, and PEFT's form under dropout, with W and the norms as constants."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, A, B, magnitude, norm, seed, p):
-        need_x, need_A, need_B, need_m = (ctx.needs_input_grad[i] for i in (0, 4, 5, 6))
+    def forward(ctx, x, weight, bias, scale, A, B, magnitude, weight_norm_sq, seed, p):
+        need_x, _, _, _, need_A, need_B, need_m, _, _, _ = ctx.needs_input_grad
+        if weight_norm_sq is None:
+            weight_norm_sq = row_norms_sq(weight)
+        norm = lora_weight_norm(weight, A, B, weight_norm_sq, scale)
         c = magnitude.float() / norm
         scaled = c[:, None] * B.float()
         wide = A.float()
@@ -405,57 +403,59 @@ class _DoRA(torch.autograd.Function):
         )  # fmt: skip
         ctx.scale, ctx.p, ctx.rank = scale, p, v.shape[1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.backend = None if is_compiling() else forced_backend()
+        note_backend(ctx)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weight, v, A, B, magnitude, norm, bias, y, seed = ctx.saved_tensors
         need_x, _, need_bias, _, need_A, need_B, need_m, _, _, _ = ctx.needs_input_grad
         keep, c = keep_scale(ctx.p), magnitude.float() / norm
         dx = dA = dB = dm = dbias = None
-        with under(ctx.backend):
-            if need_x or need_A or need_B or need_m:
-                of_base, other = c, y
-                if seed is not None:
-                    of_base = (c - 1) * keep
-                    x = None if x is None else lora_dropout(x, seed, ctx.p)
-                if need_m and y is None:
-                    other = linear(x, weight)
-                tall = B.float()
-                if v is None:
-                    v = dy.new_empty(dy.shape[:-1].numel(), ctx.rank, dtype=torch.float32)
-                dv, sums, dz, t = lora_out_grads(
-                    dy, v, c[:, None] * tall, other if need_m else None, bias if y is not None else None,
-                    of_base if need_x else None, ctx.scale, need_x or need_A, need_B or (need_m and y is None),
-                )  # fmt: skip
-                if need_B:
-                    dB = (c[:, None] * sums).to(B.dtype)
-                if need_m:
-                    # Σ dy∘(x̃ Wᵀ + s v Bᵀ) / ‖·‖, the sum of y's own columns where y is c times that.
-                    dm = t / magnitude.float() if y is not None else (keep * t + (tall * sums).sum(1)) / norm
-                    if y is not None and not dm.is_cpu:
-                        dm = torch.where(magnitude == 0, 0, dm)
-                    dm = dm.to(magnitude.dtype)
-            if need_x:
-                dx = torch.matmul(dz, weight)
-            if need_x or need_A:
-                step = dy.new_empty(0) if dx is None else dx
-                dA = lora_in_grads_(step, dv, x if need_A else None, A.float(), None, 0.0, ctx.scale)
-                dA = dA.to(A.dtype) if need_A else None
-            if need_x and seed is not None:
-                dx = lora_dropout(dx, seed, ctx.p).add_(torch.matmul(dy, weight))
-            if need_bias:
-                dbias = _column_sums(dy).to(ctx.bias_dtype)
+        if need_x or need_A or need_B or need_m:
+            of_base, other = c, y
+            if seed is not None:
+                of_base = (c - 1) * keep
+                x = None if x is None else lora_dropout(x, seed, ctx.p)
+            if need_m and y is None:
+                other = linear(x, weight)
+            tall = B.float()
+            if v is None:
+                v = dy.new_empty(dy.shape[:-1].numel(), ctx.rank, dtype=torch.float32)
+            dv, sums, dz, t = lora_out_grads(
+                dy, v, c[:, None] * tall, other if need_m else None, bias if y is not None else None,
+                of_base if need_x else None, ctx.scale, need_x or need_A, need_B or (need_m and y is None),
+            )  # fmt: skip
+            if need_B:
+                dB = (c[:, None] * sums).to(B.dtype)
+            if need_m:
+                # Σ dy∘(x̃ Wᵀ + s v Bᵀ) / ‖·‖, the sum of y's own columns where y is c times that.
+                dm = t / magnitude.float() if y is not None else (keep * t + (tall * sums).sum(1)) / norm
+                if y is not None and not dm.is_cpu:
+                    dm = torch.where(magnitude == 0, 0, dm)
+                dm = dm.to(magnitude.dtype)
+        if need_x:
+            dx = torch.matmul(dz, weight)
+        if need_x or need_A:
+            step = dy.new_empty(0) if dx is None else dx
+            dA = lora_in_grads_(step, dv, x if need_A else None, A.float(), None, 0.0, ctx.scale)
+            dA = dA.to(A.dtype) if need_A else None
+        if need_x and seed is not None:
+            dx = lora_dropout(dx, seed, ctx.p).add_(torch.matmul(dy, weight))
+        if need_bias:
+            dbias = _column_sums(dy).to(ctx.bias_dtype)
         return dx, None, dbias, None, dA, dB, dm, None, None, None
+
+
+apply_lora, _apply_dora = applied(_LoRA), applied(_DoRA)
 
 
 def _tells_of_magnitude(y: Tensor, bias: Tensor | None, magnitude: Tensor) -> bool:
     """Whether (y - bias) / m is what m scales: not where m is zero, nor where 16 bits of y went to a large bias."""
     if bias is not None and y.dtype != torch.float32:
         return False
-    return not (_check.readable(magnitude) and bool((magnitude == 0).any()))
+    return not _check.readable(magnitude) or bool(magnitude.all())
 
 
 def _column_sums(dy: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ from torch.compiler import is_compiling
 from ..plan import BatchPlan, lora_plan_
 from ..reference import low_rank as reference
 from . import _check
-from ._dispatch import Op, extension_error, forced_backend, under
+from ._autograd import note_backend, once_differentiable
+from ._dispatch import Op, extension_error, forced_backend
 from ._low_rank import lora_add_, lora_expand_, lora_grads, lora_shrink, out_features
 
 Factors = Tensor | Sequence[Tensor]
@@ -356,18 +357,18 @@ class _MultiLora(torch.autograd.Function):
         out = y.clone()
         lora_expand_(out, v, B, ids, indptr, plan, scaling, ranks, weights, scale)
         ctx.save_for_backward(x, weights, v, plan, scaling, ranks, *factors)
-        ctx.count, ctx.scale, ctx.backend = count, scale, None if is_compiling() else forced_backend()
+        ctx.count, ctx.scale = count, scale
+        note_backend(ctx)
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, weights, v, plan, scaling, ranks, *factors = ctx.saved_tensors
         A, B = factors[: ctx.count], factors[ctx.count :]
         need_y, need_x, need_w, _, _, *need = ctx.needs_input_grad
         need = need_x, need_w, need[: ctx.count], need[ctx.count :]
-        with under(ctx.backend):
-            dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, plan, scaling, ranks, weights, ctx.scale, *need)
+        dx, dw, dA, dB = lora_backward(dy, x, None, A, B, v, plan, scaling, ranks, weights, ctx.scale, *need)
         return dy if need_y else None, dx, dw, None, None, *dA, *dB
 
 

@@ -7,6 +7,8 @@ holds what dropout scales by:
     from dy            dv = dy B,  dB = s dyᵀ v,  dz = c∘dy,  t = Σ_m dy∘(y - b)
     into dx            dx ← dx + s mask∘(dv A),  dA = s dvᵀ x̃
 
+and one over the weights alone, for DoRA: the norm of each row of W + s B A.
+
 The mask is that of ``reference.dropout``; without a seed there is none.
 """
 
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from .dropout import dropout_mask
 from .low_rank import accumulate_dtype, rows_of
+
+#: Below this share of ‖W‖² too few digits of the sum are left.
+CANCELLED = 0.1
 
 
 def lora_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -108,3 +113,27 @@ def lora_in_grads_(
     if x is None:
         return dv.new_empty(0)
     return scale * dv.T @ rows_of(_dropped(x, seed, p)).to(dv.dtype)
+
+
+def lora_weight_norm(weight: Tensor, A: Tensor, B: Tensor, weight_norm_sq: Tensor, scale: float) -> Tensor:
+    """‖W + s B A‖ of each row, fp32 ``[N]``, given ‖W‖² of each, without the product B A.
+
+    Its square is ‖W‖² + 2 s · rowsum(B∘(W Aᵀ)) + s² · rowsum((B A Aᵀ)∘B), row by row. On the CPU rows that nearly
+    cancel are computed as they stand.
+    """
+    dtype = accumulate_dtype(weight.dtype)
+    return norm_of_products(weight.to(dtype) @ A.to(dtype).T, weight, A, B, weight_norm_sq, scale)
+
+
+def norm_of_products(
+    products: Tensor, weight: Tensor, A: Tensor, B: Tensor, weight_norm_sq: Tensor, scale: float
+) -> Tensor:
+    """The same, given W Aᵀ."""
+    wide, tall = A.to(products.dtype), B.to(products.dtype)
+    of_rows = torch.addmm(products, tall, wide @ wide.T, beta=2 * scale, alpha=scale**2)
+    square = weight_norm_sq + (tall * of_rows).sum(1)
+    if square.is_cpu:
+        cancelled = square < CANCELLED * weight_norm_sq
+        rows = weight[cancelled].to(tall.dtype).addmm(tall[cancelled], wide, alpha=scale)
+        square[cancelled] = rows.square().sum(1)
+    return square.clamp_min_(0).sqrt_()

@@ -61,6 +61,8 @@ def test_ops(name, M, K, N, R, p, columns):
     for need in ((True, True), (True, False), (False, True)):
         check(ops.lora_out_grads, (dy, v, B, *((y, bias, c) if columns else [None] * 3), SCALE, *need))
     check(ops.lora_in_grads_, (dx, dv, x, A, *mask, SCALE), "dx")
+    W = randn(N, K, dtype=dtypes.x)
+    check(ops.lora_weight_norm, (W, A, B, W.float().square().sum(1), SCALE))
 
 
 @pytest.mark.parametrize("M, K", ((3, 21), (50, 130), (300, 40), (1000, 512)))

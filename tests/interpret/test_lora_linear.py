@@ -229,6 +229,16 @@ def test_in_grads(name, M, K, N, R, p):
     assert bitwise_equal(ops.lora_in_grads_(dx.new_empty(0), dv, x, *rest), dA)
 
 
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("name", LOW_RANK_DTYPES)
+def test_weight_norm(name, transposed):
+    dtypes, (N, K, R) = LOW_RANK_DTYPES[name], (70, 130, 12)
+    W = (torch.randn(K, N).T if transposed else torch.randn(N, K)).to(dtypes.x)
+    A, B = factors(dtypes, K, N, R)
+    W[0] = -(B[0].float() @ A.float()) * SCALE  # which leaves next to nothing
+    check(ops.lora_weight_norm, (W, A, B, W.float().square().sum(1), SCALE))
+
+
 @pytest.mark.parametrize("name", ("fp32", "bf16"))
 @pytest.mark.parametrize("M, K, N, R", SIZES[2:])
 def test_tiles_of_amd(name, M, K, N, R, monkeypatch):

@@ -208,5 +208,12 @@ def test_of_the_compiled_kernels(cpu_backend):
     for args in ((x, seed.int(), 0.5), (x, seed[:0], 0.5), (x, seed, 1.5), (x.double(), seed, 0.5)):
         with pytest.raises(RuntimeError):
             ops.lora_dropout(*args)
-    for t in (x, y, A, B, v, c):
+    W = torch.ones(N, K)
+    for args in (
+        (W[1:], A, B, c, 1.0), (W[:, 1:], A, B, c, 1.0), (W, A[1:], B, c, 1.0), (W, A[:, 1:], B, c, 1.0),
+        (W, A, B[1:], c, 1.0), (W, A, B[:, 1:], c, 1.0), (W, A, B, c[1:], 1.0), (W.double(), A, B, c, 1.0),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            ops.lora_weight_norm(*args)
+    for t in (x, y, A, B, v, c, W):
         assert (t == 1).all()

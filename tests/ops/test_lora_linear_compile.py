@@ -43,6 +43,7 @@ def op_calls(sample):
     yield ops.lora_in_grads_, (torch.zeros_like(x).contiguous(), v, None, A, None, 0.0, 0.5)
     yield ops.lora_in_grads_, (x.new_empty(0), v, x, A, seed, p, 0.5)
     yield ops.lora_dropout, (x, seed, p)
+    yield ops.lora_weight_norm, (a["weight"], A, B, torch.rand(N).to(x.dtype), 0.5)
 
 
 def test_every_op_has_a_call():

@@ -6,10 +6,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts import strided
 
 import lora_kernels as lk
 from lora_kernels.ops import _lora_linear as ops
-from lora_kernels.ops.lora_linear import row_norms_sq, weight_norm
+from lora_kernels.ops.lora_linear import row_norms_sq
 from lora_kernels.reference.dropout import dropout_mask, keep_scale
 from lora_kernels.testing import (
     LORA_LINEAR_DTYPES,
@@ -311,12 +312,31 @@ def test_norms_where_the_adapter_nearly_cancels_the_weight(ratio, transposed, ba
     W = W.T.contiguous().T if transposed else W
     exact = (W.double() + s * B.double() @ A.double()).norm(dim=1)
     plain = (W + s * B @ A).norm(dim=1)
-    for norms in (None, row_norms_sq(W)):
-        got = weight_norm(W, A, B, s, norms)
-        assert got.dtype == torch.float32
-        error, yardstick = ((t.double() - exact).abs() / exact for t in (got, plain))
-        assert error.max() < 1e-5 + 2 * yardstick.max()
-        assert error[: N // 2].max() < 1e-6
+    got = ops.lora_weight_norm(W, A, B, row_norms_sq(W), s)
+    assert got.dtype == torch.float32
+    error, yardstick = ((t.double() - exact).abs() / exact for t in (got, plain))
+    assert error.max() < 1e-5 + 2 * yardstick.max()
+    assert error[: N // 2].max() < 1e-6
+
+
+@pytest.mark.parametrize("name", LORA_LINEAR_DTYPES)
+@pytest.mark.parametrize("N, K, R", ((1, 1, 1), (5, 40, 0), (300, 17, 3), (33, 2100, 40), (700, 600, 16), (0, 8, 2)))
+def test_norms(name, N, K, R, backend):
+    """Of weights and factors in every layout."""
+    dtype, of_factors = LORA_LINEAR_DTYPES[name].x, LORA_LINEAR_DTYPES[name].factors
+    W, A, B = torch.randn(N, K).to(dtype), torch.randn(R, K).to(of_factors), torch.randn(N, R).to(of_factors)
+    A, B = A / K**0.5, B / max(R, 1) ** 0.5
+    want = (W.double() + 0.7 * B.double() @ A.double()).norm(dim=1)
+    for turn in (lambda t: t, lambda t: t.T.contiguous().T, strided):
+        got = ops.lora_weight_norm(turn(W), turn(A), turn(B), row_norms_sq(W), 0.7)
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=0)
+    rounded = ops.lora_weight_norm(W, A, B, row_norms_sq(W).to(dtype), 0.7)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded.double(), want, rtol=1e-2, atol=0)
+    if N > 1:
+        W[1, 0] = float("nan")
+        got = ops.lora_weight_norm(W, A, B, row_norms_sq(W), 0.7)
+        assert got.isnan().nonzero().tolist() == [[1]]
 
 
 def test_given_norms_are_used(backend):
@@ -332,7 +352,7 @@ def test_the_magnitude_at_the_norms_is_lora(dropout, backend):
     """With m = ‖W + s B A‖ DoRA is LoRA."""
     sample = named("dora-dropout" if dropout else "dora")
     a = sample.make(0)
-    a["magnitude"] = weight_norm(a["weight"], a["A"], a["B"], a["scaling"])
+    a["magnitude"] = ops.lora_weight_norm(a["weight"], a["A"], a["B"], row_norms_sq(a["weight"]), a["scaling"])
     torch.testing.assert_close(lk.lora_linear(**a), lk.lora_linear(**{**a, "magnitude": None}))
 
 
