@@ -1,7 +1,11 @@
-"""Forward and backward with LoRA in training: a model's step and one layer's, of PEFT and patched, over the base's."""
+"""Forward and backward with LoRA in training: a model's step and one layer's, of PEFT and patched, over the base's.
+
+The allocator keeps what a step frees, but in the first case, which takes it as it comes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from allocator import keeping_freed_memory
 from bench_peft import RANK, SHAPE, TARGETS, lora_layers
 from compare import OURS, Case, Rounds, compare
 from gradients import check_layer, errors, kept
@@ -31,6 +36,7 @@ KINDS = {
     "DoRA": {"use_dora": True},
     "DoRA, dropout 0.05": {"use_dora": True, "lora_dropout": 0.05},
 }
+RETURNED = "LoRA, memory returned"  # by an allocator as it comes
 STEP_TARGETS = dict(zip(KINDS, (1.12, 1.15, 1.25, 2.0), strict=True))  # of our time over the base's
 LAYER_TARGETS = dict(zip(KINDS, (1.10, 1.15, 1.40, None), strict=True))
 ROWS, TOKENS = 8, 64
@@ -58,7 +64,7 @@ def models_with(base: Any, targets: list[str], kind: str) -> dict[str, Any]:
     """The base, PEFT's model and the patched one, in training; weights shared, adapters as if trained for a while."""
     torch.manual_seed(1)
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False, **KINDS[kind]
+        r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False, **KINDS.get(kind, {})
     )
     with quiet():
         model = peft.get_peft_model(twin(base), config).train()
@@ -107,9 +113,15 @@ def check_layers(models: dict[str, Any]) -> None:
         check_layer(patched[name], layer, x, dy, name)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=[RETURNED, *KINDS])
 def step_cases(request, rounds):
     kind = request.param
+    keeping = contextlib.nullcontext(False) if kind == RETURNED else keeping_freed_memory()
+    with keeping as kept:
+        return step_cases_of(kind, rounds, kept)
+
+
+def step_cases_of(kind, rounds, freed_memory_kept):
     models = models_with(bases()[0], TARGETS, kind)
     ids = torch.randint(0, SHAPE["vocab_size"], (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     x = models[BASE].get_input_embeddings()(ids)
@@ -121,7 +133,8 @@ def step_cases(request, rounds):
         rounds(31, 61, 60),
         rounds(7, 7),
         kind=kind,
-        target=STEP_TARGETS[kind],
+        target=STEP_TARGETS.get(kind),
+        freed_memory_kept=freed_memory_kept,
         rows=ROWS,
         tokens=TOKENS,
         R=RANK,
@@ -131,7 +144,11 @@ def step_cases(request, rounds):
 
 @pytest.fixture(scope="module", params=KINDS)
 def layer_cases(request, rounds):
-    kind = request.param
+    with keeping_freed_memory() as kept:
+        return layer_cases_of(request.param, rounds, kept)
+
+
+def layer_cases_of(kind, rounds, freed_memory_kept):
     models = models_with(bases()[1], ["proj"], kind)
     layers = {PEFT: models[PEFT].base_model.model.proj, OURS: models[OURS].base_model.model.proj}
     x, dy = torch.randn(2, M, WIDTH).bfloat16()
@@ -146,6 +163,7 @@ def layer_cases(request, rounds):
         rounds(31, 61, 5),
         kind=kind,
         target=LAYER_TARGETS[kind],
+        freed_memory_kept=freed_memory_kept,
         M=M,
         K=WIDTH,
         N=WIDTH,
