@@ -19,6 +19,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kRows = 64;      // of a block that stays in a cache
 constexpr int64_t kColumns = 512;  // of a task, at most
+constexpr int64_t kDroppedColumns = 256;  // the same where dropout makes a copy and a mask of each block
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kMostLanes = 16;  // of a vector
 
@@ -108,9 +109,9 @@ bool worth_threads(int64_t rows, int64_t columns, int64_t rank) {
 }
 
 // Columns of a task: some for every thread, whole vectors and whole counters of dropout.
-int64_t columns_of_task(int64_t columns) {
+int64_t columns_of_task(int64_t columns, int64_t most = kColumns) {
   int64_t each = std::max<int64_t>(divide_up(columns, torch::stable::get_num_threads()), 1);
-  return std::max<int64_t>(divide_up(divide_up(each, divide_up(each, kColumns)), 32) * 32, 32);
+  return std::max<int64_t>(divide_up(divide_up(each, divide_up(each, most)), 32) * 32, 32);
 }
 
 // Rows of a task: some for every thread.
@@ -282,7 +283,8 @@ void lora_in_grads(const View& dx_, const View& dv_, const View* x_, const View&
   for (int64_t i = 0; i < M * R; ++i) scaled[i] = float(scale) * unscaled[i];
   if (x && !M) std::fill_n(dA, R * K, 0.0f);
   std::vector<float> ones(kRows, 1.0f);
-  for_each_range(K, columns_of_task(K), worth_threads(M, K, R), [&](int64_t begin, int64_t end) {
+  int64_t width = columns_of_task(K, dropout.given ? kDroppedColumns : kColumns);
+  for_each_range(K, width, worth_threads(M, K, R), [&](int64_t begin, int64_t end) {
     int64_t columns = end - begin;
     uint16_t* mask = nullptr;
     if (dropout.given && dx) {
