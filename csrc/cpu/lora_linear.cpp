@@ -17,8 +17,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kRows = 64;      // of a block that stays in a cache
-constexpr int64_t kColumns = 512;  // of a task, at most
+constexpr int64_t kRows = 64;             // of a block that stays in a cache
+constexpr int64_t kColumns = 512;         // of a task, at most
 constexpr int64_t kDroppedColumns = 256;  // the same where dropout makes a copy and a mask of each block
 constexpr int64_t kTileColumns = 64;
 constexpr int64_t kMostLanes = 16;  // of a vector
