@@ -311,8 +311,8 @@ void lora_in_grads(const View& dx_, const View& dv_, const View* x_, const View&
   if (dx) dx->finish();
 }
 
-void lora_grads(const View& dx, const View& dy, const View& v, const View* x, const View& A, const View& B,
-                const View* seed, double p, double scale, const View& dA, const View& dB) {
+void lora_linear_grads(const View& dx, const View& dy, const View& v, const View* x, const View& A, const View& B,
+                       const View* seed, double p, double scale, const View& dA, const View& dB) {
   STD_TORCH_CHECK(v.dims == 2, "v does not fit");
   bool need_v = x || dx.numel(), need_B = dB.numel();
   int64_t M = v.sizes[0], R = v.sizes[1], none = 0, one = 1, strides[] = {R, 1};

@@ -19,8 +19,8 @@ void lora_in_grads(const View& dx, const View& dv, const View* x, const View& A,
                    double scale, const View& dA);
 
 // Both, with dv in between; dB and dA without elements where they are not needed.
-void lora_grads(const View& dx, const View& dy, const View& v, const View* x, const View& A, const View& B,
-                const View* seed, double p, double scale, const View& dA, const View& dB);
+void lora_linear_grads(const View& dx, const View& dy, const View& v, const View* x, const View& A, const View& B,
+                       const View* seed, double p, double scale, const View& dA, const View& dB);
 
 void lora_weight_norm(const View& weight, const View& A, const View& B, const View& weight_norm_sq, double scale,
                       const View& norms);

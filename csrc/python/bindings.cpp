@@ -41,7 +41,7 @@ PyMethodDef methods[] = {
     {"lora_forward_", fast(training_forward), METH_FASTCALL, nullptr},
     {"lora_out_grads", fast(training_out_grads), METH_FASTCALL, nullptr},
     {"lora_in_grads_", fast(training_in_grads), METH_FASTCALL, nullptr},
-    {"lora_grads", fast(training_grads), METH_FASTCALL, nullptr},
+    {"lora_linear_grads", fast(training_grads), METH_FASTCALL, nullptr},
     {"lora_weight_norm", fast(training_weight_norm), METH_FASTCALL, nullptr},
     {"lora_dropout", fast(training_dropout), METH_FASTCALL, nullptr},
     {"lora_linear", fast(lora_linear), METH_FASTCALL, nullptr},

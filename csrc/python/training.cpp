@@ -66,7 +66,7 @@ PyObject* training_in_grads(PyObject*, PyObject* const* args, Py_ssize_t count) 
 
 PyObject* training_grads(PyObject*, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kArguments = 10;
-  if (!takes("lora_grads", count, kArguments + 1)) return nullptr;
+  if (!takes("lora_linear_grads", count, kArguments + 1)) return nullptr;
   return unless_watched(Py_None, [&] {
     View dx = view_of_input(args[0]), dy = view_of_input(args[1]), v = view_of(args[2]);
     OptionalView x = args[3] == Py_None ? OptionalView() : OptionalView(view_of_input(args[3]));
@@ -78,7 +78,7 @@ PyObject* training_grads(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (results.views.size() != 2) throw NeedsDispatcher();
     {
       WithoutGIL unlocked;
-      lora_grads(dx, dy, v, x, A, B, seed, p, scale, results.views[0], results.views[1]);
+      lora_linear_grads(dx, dy, v, x, A, B, seed, p, scale, results.views[0], results.views[1]);
     }
     return made.release();
   });

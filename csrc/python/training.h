@@ -11,8 +11,8 @@ namespace lora_kernels {
 PyObject* training_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_out_grads(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_in_grads(PyObject*, PyObject* const* args, Py_ssize_t count);
-// lora_grads(dx, dy, v, x, A, B, seed, p, scale, need_B, new): lora_out_grads and lora_in_grads_ of a layer without
-// DoRA; the results are dA and dB.
+// lora_linear_grads(dx, dy, v, x, A, B, seed, p, scale, need_B, new): lora_out_grads and lora_in_grads_ of a layer
+// without DoRA; the results are dA and dB.
 PyObject* training_grads(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_weight_norm(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_dropout(PyObject*, PyObject* const* args, Py_ssize_t count);

@@ -187,7 +187,8 @@ class Op:
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         if new is not None:
             fake = _on_one_device(new)
-        assert fake is not None, "an op needs fake or new"
+        if fake is None:
+            raise TypeError(f"{self.name} needs fake or new")
         register_fake(f"{NAMESPACE}::{self.name}", fake, lib=_library)
         self.overload = getattr(getattr(torch.ops, NAMESPACE), self.name).default
         #: The dispatcher's own callable, without a Python frame around it.

@@ -350,7 +350,7 @@ def _new_grads(dx, dy, v, x, A, B, seed, p, scale, need_B):
 
 
 #: Both ops in one call, and without the dispatcher: of their arguments; None where the ops must be called.
-_native_grads = getattr(extension, "lora_grads", None)
+_native_grads = getattr(extension, "lora_linear_grads", None)
 
 
 class _Dropout(torch.autograd.Function):

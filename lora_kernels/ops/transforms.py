@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..reference.hadamard import orders_of, signs_of
 from . import _check
-from ._dispatch import forced_backend, under
+from ._autograd import note_backend
+from ._dispatch import under
 from ._transforms import hadamard
 
 
@@ -78,7 +78,7 @@ class _Hadamard(torch.autograd.Function):
     def forward(ctx: Any, x, signs, orders, scale, transpose):
         ctx.save_for_backward(signs)
         ctx.orders, ctx.scale, ctx.transpose = orders, scale, transpose
-        ctx.backend = None if is_compiling() else forced_backend()
+        note_backend(ctx)
         return hadamard(x, signs, orders, scale, transpose)
 
     @staticmethod
