@@ -13,9 +13,9 @@ import torch
 import lora_kernels as lk
 from lora_kernels import __main__ as cli
 from lora_kernels import check as checks
-from lora_kernels.check import low_rank
+from lora_kernels.check import low_rank, quantized
 from lora_kernels.ops import _dispatch
-from lora_kernels.testing import LOW_RANK_DTYPES, assert_within_rule, low_rank_samples
+from lora_kernels.testing import LOW_RANK_DTYPES, assert_within_rule, low_rank_samples, quantized_samples
 
 ROOT = Path(lk.__file__).parents[1]
 
@@ -155,6 +155,7 @@ def test_check_goes_on_after_an_exception(capsys, few_samples, monkeypatch):
 def test_the_quick_samples_exist():
     names = {sample.name for sample in low_rank_samples(*LOW_RANK_DTYPES["fp32"])}
     assert set(low_rank.QUICK) <= names
+    assert set(quantized.QUICK) <= {sample.name for sample in quantized_samples()}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "column_values.h"
 #include "low_rank_schedule.h"
 #include "new_tensor.h"
 
@@ -36,25 +37,6 @@ struct OneFactor : Factors {
     factor.data = static_cast<const char*>(factor.data) + begin * factor.stride * element_size(factor.dtype);
     return factor;
   }
-};
-
-// [columns] as floats, null where none is given.
-struct ColumnValues {
-  std::vector<float> converted;
-  std::optional<Compact> given;
-  const float* data = nullptr;
-
-  ColumnValues(const View* t, int64_t columns) {
-    if (!t) return;
-    given.emplace(*t);
-    STD_TORCH_CHECK(given->on_cpu && given->dims == 1 && given->sizes[0] == columns, "values of columns");
-    data = static_cast<const float*>(given->data);
-    if (given->type == ScalarType::Float) return;
-    converted.resize(columns);
-    low_rank_kernels().transpose({given->data, dtype_of(*given), columns, nullptr, 1}, 1, columns, converted.data(), 1);
-    data = converted.data();
-  }
-  const float* from(int64_t column) const { return data ? data + column : nullptr; }
 };
 
 struct OptionalDropout {
@@ -137,7 +119,33 @@ Rows input(const Matrix& x, const OptionalDropout& dropout, int64_t row, int row
   return {kept, x.dtype, end - begin, nullptr, 1};
 }
 
+// v = x̃ Aᵀ of `count` rows.
+void make_v(const Matrix& x, const OneFactor& A, const OptionalDropout& dropout, int64_t first, int count, float* v) {
+  int64_t K = x.columns, R = A.rank(), step = dropout.given ? kRows : count;
+  if (!K) std::memset(v, 0, count * R * sizeof(float));
+  for (int64_t begin = 0; begin < K; begin += kPart) {
+    int64_t stop = std::min(begin + kPart, K);
+    for (int64_t row = 0; row < count; row += step) {
+      int rows = int(std::min(step, count - row));
+      low_rank_kernels().shrink(input(x, dropout, first + row, rows, begin, stop), rows, A.from(begin), 0, stop - begin,
+                                begin > 0, v + row * R, R, scratch());
+    }
+  }
+}
+
 }  // namespace
+
+void lora_down(const View& x_, const View& A_, const View* seed, double p, const View& v_) {
+  Matrix x(x_);
+  OneFactor A(A_, 0);
+  STD_TORCH_CHECK(A.width() == x.columns, "A does not fit x");
+  STD_TORCH_CHECK(A.table[0].dtype == x.dtype || A.table[0].dtype == DType::f32, "factor dtype");
+  OptionalDropout dropout(seed, p, x.columns);
+  int64_t M = x.rows, R = A.rank();
+  float* v = result(v_, M * R);
+  for_each_range(M, rows_of_task(M), worth_threads(M, x.columns, R),
+                 [&](int64_t first, int64_t end) { make_v(x, A, dropout, first, int(end - first), v + first * R); });
+}
 
 void lora_forward(const View& y_, const View& x_, const View& A_, const View& B_, const View* column_scale,
                   const View* other_, const View* other_scale, const View* bias, const View* seed, double p,
@@ -162,15 +170,7 @@ void lora_forward(const View& y_, const View& x_, const View& A_, const View& B_
   for_each_range(M, rows_of_task(M), worth_threads(M, K + N, R), [&](int64_t first, int64_t end) {
     int count = int(end - first);
     float* of_rows = v + first * R;
-    if (!K) std::memset(of_rows, 0, count * R * sizeof(float));
-    for (int64_t begin = 0; begin < K; begin += kPart) {
-      int64_t stop = std::min(begin + kPart, K), step = dropout.given ? kRows : count;
-      for (int64_t row = 0; row < count; row += step) {
-        int rows = int(std::min(step, count - row));
-        kernels.shrink(input(x, dropout, first + row, rows, begin, stop), rows, A.from(begin), 0, stop - begin,
-                       begin > 0, of_rows + row * R, R, scratch());
-      }
-    }
+    make_v(x, A, dropout, first, count, of_rows);
     float* scaled = floats(local_rows, count * R);
     for (int64_t i = 0; i < count * R; ++i) scaled[i] = float(scale) * of_rows[i];
     if (plain) {
@@ -410,6 +410,12 @@ Tensor forward(const Tensor& y, const Tensor& x, const Tensor& A, const Tensor& 
   return v;
 }
 
+Tensor down(const Tensor& x, const Tensor& A, OptionalTensor seed, double p) {
+  Tensor v = new_tensor({rows_of(x), A.size(0)});
+  lora_down(View(x), View(A), OptionalView(seed), p, View(v));
+  return v;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> out_grads(const Tensor& dy, const Tensor& v, const Tensor& B,
                                                      OptionalTensor y, OptionalTensor bias, OptionalTensor column_scale,
                                                      double scale, bool need_v, bool need_B) {
@@ -446,6 +452,7 @@ Tensor dropout(const Tensor& x, const Tensor& seed, double p) {
 
 STABLE_TORCH_LIBRARY_IMPL(lora_kernels, CPU, m) {
   m.impl("lora_forward_", TORCH_BOX(&lora_kernels::forward));
+  m.impl("lora_down", TORCH_BOX(&lora_kernels::down));
   m.impl("lora_out_grads", TORCH_BOX(&lora_kernels::out_grads));
   m.impl("lora_in_grads_", TORCH_BOX(&lora_kernels::in_grads));
   m.impl("lora_weight_norm", TORCH_BOX(&lora_kernels::weight_norm));

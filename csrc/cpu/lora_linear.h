@@ -7,6 +7,8 @@
 
 namespace lora_kernels {
 
+void lora_down(const View& x, const View& A, const View* seed, double p, const View& v);
+
 void lora_forward(const View& y, const View& x, const View& A, const View& B, const View* column_scale,
                   const View* other, const View* other_scale, const View* bias, const View* seed, double p,
                   double scale, const View& v);

@@ -60,6 +60,8 @@ struct Columns {
   const float* bias = nullptr;
 };
 
+struct QuantizedKernels;
+
 // Kernels. m rows; x, y, v, u, w as the ops name them; scratch is 64-byte aligned and the thread's own.
 struct LowRankKernels {
   const char* name;
@@ -92,6 +94,7 @@ struct LowRankKernels {
   // a multiple of 32, W's rows and begin and end of 16; nullptr where nothing here is faster than torch's own product.
   void (*linear)(const Rows& x, int m, const Factor& W, int64_t K, const void* bias, const Rows& y, int64_t begin,
                  int64_t end, void* scratch);
+  const QuantizedKernels* quantized;
 };
 
 // The kernels of the best instruction set this machine has, or of the one set_isa named.

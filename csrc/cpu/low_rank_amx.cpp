@@ -19,14 +19,16 @@
 
 #define LK_ISA amx
 #define LK_WIDTH 16
+#define LK_TILES
 #include "lora_linear_kernels.h"
 #include "low_rank_amx_expand.h"
 #include "low_rank_amx_linear.h"
 #include "low_rank_amx_shrink.h"
+#include "quantized_dot_avx512bf16.h"
 
 namespace lora_kernels::amx {
-extern const LowRankKernels low_rank{"amx", shrink,  expand,       expand_kept, outer_vectors,
-                                     drop,  combine, column_grads, transpose,   linear};
+extern const LowRankKernels low_rank{"amx",   shrink,       expand,    expand_kept, outer_vectors,  drop,
+                                     combine, column_grads, transpose, linear,      &quantized_dots};
 }  // namespace lora_kernels::amx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -13,10 +13,11 @@
 #define LK_ISA avx512
 #define LK_WIDTH 16
 #include "lora_linear_kernels.h"
+#include "quantized_kernels.h"
 
 namespace lora_kernels::avx512 {
-extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, expand_kept, outer_vectors,
-                                     drop,     combine,        column_grads,   transpose,   nullptr};
+extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, expand_kept, outer_vectors,     drop,
+                                     combine,  column_grads,   transpose,      nullptr,     &quantized_vectors};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

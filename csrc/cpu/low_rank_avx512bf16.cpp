@@ -14,10 +14,11 @@
 #define LK_WIDTH 16
 #define LK_ROUNDS_BF16
 #include "lora_linear_kernels.h"
+#include "quantized_dot_avx512bf16.h"
 
 namespace lora_kernels::avx512bf16 {
-extern const LowRankKernels low_rank{"avx512bf16", shrink_vectors, expand_vectors, expand_kept, outer_vectors,
-                                     drop,         combine,        column_grads,   transpose,   nullptr};
+extern const LowRankKernels low_rank{"avx512bf16", shrink_vectors, expand_vectors, expand_kept, outer_vectors,  drop,
+                                     combine,      column_grads,   transpose,      nullptr,     &quantized_dots};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

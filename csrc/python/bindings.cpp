@@ -9,6 +9,7 @@
 #include "calls.h"
 #include "layers.h"
 #include "linear.h"
+#include "quantized.h"
 #include "training.h"
 
 namespace lora_kernels {
@@ -45,6 +46,10 @@ PyMethodDef methods[] = {
     {"lora_weight_norm", fast(training_weight_norm), METH_FASTCALL, nullptr},
     {"lora_dropout", fast(training_dropout), METH_FASTCALL, nullptr},
     {"lora_linear", fast(lora_linear), METH_FASTCALL, nullptr},
+    {"lora_down", fast(training_down), METH_FASTCALL, nullptr},
+    {"quantized_linear", fast(quantized_linear_op), METH_FASTCALL, nullptr},
+    {"quantized_linear_grad", fast(quantized_linear_grad_op), METH_FASTCALL, nullptr},
+    {"quantized_lora_linear", fast(quantized_lora_linear), METH_FASTCALL, nullptr},
     {"connect", fast(connect), METH_FASTCALL, nullptr},
     {"connect_linear", fast(connect_linear), METH_FASTCALL, nullptr},
     {"connect_layers", fast(connect_layers), METH_FASTCALL, nullptr},

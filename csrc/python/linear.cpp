@@ -11,7 +11,8 @@ namespace {
 PyObject* torch_linear = nullptr;
 PyObject* linear_watchers = nullptr;
 
-// A tensor [..., columns] like x, its elements not yet written.
+}  // namespace
+
 PyObject* new_output(PyObject* like, const View& x, int64_t columns) {
   Ref shape = Ref::taken(PyTuple_New(x.dims));
   for (int64_t d = 0; shape && d < x.dims; ++d)
@@ -19,11 +20,11 @@ PyObject* new_output(PyObject* like, const View& x, int64_t columns) {
   return shape ? PyObject_CallMethod(like, "new_empty", "(O)", static_cast<PyObject*>(shape)) : nullptr;
 }
 
-}  // namespace
+bool linear_watched() { return !torch_linear || watched() || any_says_yes(linear_watchers); }
 
 PyObject* linear_with(PyObject* x_object, const View& x, PyObject* weight, PyObject* bias, PyObject* A, PyObject* B,
                       PyObject* plan, PyObject* scaling, double scale) {
-  if (!torch_linear || watched() || any_says_yes(linear_watchers)) throw NeedsDispatcher();
+  if (linear_watched()) throw NeedsDispatcher();
   Sequence listed_A(A), listed_B(B);
   View W = view_of(weight);
   OptionalView b = optional_view_of(bias), routed = optional_view_of(plan), scaled = optional_view_of(scaling);

@@ -7,6 +7,12 @@
 
 namespace lora_kernels {
 
+// A tensor [..., columns] like x, its elements not yet written; nullptr where Python raised.
+PyObject* new_output(PyObject* like, const View& x, int64_t columns);
+
+// Whether something is on that is to see a linear layer, or nothing is connected.
+bool linear_watched();
+
 // y = x Wᵀ + bias + s (x Aᵀ) Bᵀ, new; A and B list the adapters, plan (a table) and scaling may be None. x is the view
 // of x_object. NeedsDispatcher or std::exception, with nothing done, where Python must see to it; nullptr where Python
 // raised.

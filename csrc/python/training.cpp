@@ -5,6 +5,23 @@
 
 namespace lora_kernels {
 
+PyObject* training_down(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  constexpr Py_ssize_t kArguments = 4;
+  if (!takes("lora_down", count, kArguments + 1)) return nullptr;
+  return unless_watched(Py_None, [&] {
+    View x = view_of_input(args[0]), A = view_of(args[1]);
+    OptionalView seed = optional_view_of(args[2]);
+    double p = number(args[3]);
+    Ref made = call_last(args, kArguments);
+    View v = view_of(made);
+    {
+      WithoutGIL unlocked;
+      lora_down(x, A, seed, p, v);
+    }
+    return made.release();
+  });
+}
+
 PyObject* training_forward(PyObject*, PyObject* const* args, Py_ssize_t count) {
   constexpr Py_ssize_t kArguments = 11;
   if (!takes("lora_forward_", count, kArguments + 1)) return nullptr;

@@ -8,6 +8,7 @@
 
 namespace lora_kernels {
 
+PyObject* training_down(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_forward(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_out_grads(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* training_in_grads(PyObject*, PyObject* const* args, Py_ssize_t count);

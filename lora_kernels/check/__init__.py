@@ -25,9 +25,10 @@ from ..testing import assert_within_rule, poison, rms, threads
 from .calls import Call
 from .lora_linear import LORA_LINEAR
 from .low_rank import LOW_RANK
+from .quantized import QUANTIZED
 from .transforms import TRANSFORMS
 
-FAMILIES = {"low_rank": LOW_RANK, "lora_linear": LORA_LINEAR, "transforms": TRANSFORMS}
+FAMILIES = {"low_rank": LOW_RANK, "lora_linear": LORA_LINEAR, "quantized": QUANTIZED, "transforms": TRANSFORMS}
 
 
 class Target(NamedTuple):

@@ -242,6 +242,22 @@ def add(
     scale: float,
 ) -> None:
     """The arguments of y += s (x Aᵀ) Bᵀ."""
+    rows, N = adapters(x, A, B, adapter_ids, indptr, plan, scaling, ranks, weights)
+    output(y, rows, N, x, (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,))
+
+
+def adapters(
+    x: Any,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    adapter_ids: Any,
+    indptr: Any,
+    plan: Any,
+    scaling: Any,
+    ranks: Any,
+    weights: Any,
+) -> tuple[int, int]:
+    """All of s (x Aᵀ) Bᵀ but what it is added to; returns (M, ΣN)."""
     rows = _into_A(x, A, adapter_ids, indptr, plan, weights)
     if A[0].dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A must be {x.dtype} as x or float32, got {A[0].dtype}")
@@ -265,8 +281,8 @@ def add(
     if B[0].dtype != A[0].dtype:
         raise TypeError(f"B must be {A[0].dtype} as A, got {B[0].dtype}")
     N = sum(b.shape[1] for b in B) if B[0].dim() == 3 else B[0].shape[0]
-    output(y, rows, N, x, (x.dtype, torch.float32) if x.dtype != torch.float64 else (x.dtype,))
     per_adapter("scaling", scaling, torch.float32, S, L, x)
+    return rows, N
 
 
 def _unpacked_shapes(A: Tensor, B: Sequence[Tensor], ranks: Any) -> Sequence[Tensor]:

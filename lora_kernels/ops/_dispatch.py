@@ -160,6 +160,7 @@ class Op:
         mutates: the names of the arguments it writes.
         fake: what it returns, without data.
         new: in place of ``fake``: room for what it returns, of its arguments; :attr:`native` fills it.
+        cpu: its CPU kernel in Python, over those that the extension has in a namespace of their own.
         flops: its FLOP formula.
         composite: made of other ops where it has no kernel of its own: then it is as fast as they are.
         cuda_refuses: of its arguments: why the CUDA kernel can't take them, or None.
@@ -175,6 +176,7 @@ class Op:
         mutates: tuple[str, ...] = (),
         fake: Callable | None = None,
         new: Callable | None = None,
+        cpu: Callable | None = None,
         flops: Callable | None = None,
         composite: bool = False,
         cuda_refuses: Callable[..., str | None] = lambda *args: None,
@@ -185,6 +187,8 @@ class Op:
         schema = infer_schema(reference, mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        if cpu is not None and extension is not None:
+            _library.impl(self.name, cpu, "CPU")
         if new is not None:
             fake = _on_one_device(new)
         if fake is None:

@@ -13,9 +13,13 @@ from ..reference.low_rank import accumulate_dtype
 from ._dispatch import Op
 
 
-def _new_forward(y, x, A, B, column_scale, other, other_scale, bias, seed, p, scale):
+def _new_down(x, A, seed, p):
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix a graph's number of rows
     return x.new_empty((rows, A.shape[0]), dtype=accumulate_dtype(x.dtype))
+
+
+def _new_forward(y, x, A, B, column_scale, other, other_scale, bias, seed, p, scale):
+    return _new_down(x, A, seed, p)
 
 
 def _new_out_grads(dy, v, B, y, bias, column_scale, scale, need_v, need_B):
@@ -54,6 +58,11 @@ def _flops(rows: int, *products: Tensor | None) -> int:
     return sum(2 * rows * factor.numel() for factor in products if factor is not None)
 
 
+lora_down = Op(
+    reference.lora_down,
+    new=_new_down,
+    flops=lambda x, A, *rest, out_val=None, **kwargs: _flops(x.shape[:-1].numel(), A),
+)
 lora_forward_ = Op(
     reference.lora_forward_,
     mutates=("y",),

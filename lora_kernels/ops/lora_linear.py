@@ -232,9 +232,8 @@ def _add_one(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor
 
 def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
     _check.floating("x", x)
-    for name, value in (("weight", weight), ("A", A), ("B", B)):
-        _check.tensor(name, value)
-        _check.same_device(name, value, x)
+    _check.tensor("weight", weight)
+    _check.same_device("weight", weight, x)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         K = x.shape[-1] if x.dim() else "K"
         raise ValueError(f"weight must be [N, {K}] for x {_check.shape(x)}, got {_check.shape(weight)}")
@@ -242,17 +241,25 @@ def _check_linear(x: Any, weight: Any, A: Any, B: Any, bias: Any) -> None:
         raise TypeError(f"weight must be {x.dtype} as x, got {weight.dtype}")
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight requires grad, but lora_linear takes it as frozen: weight.requires_grad_(False)")
+    _check_pair(x, A, B, *weight.shape)
+    if bias is not None:
+        _vector("bias", bias, weight.shape[0], x)
+
+
+def _check_pair(x: Tensor, A: Any, B: Any, N: int, K: int) -> None:
+    """The factors of one adapter of a layer of shape (N, K)."""
+    for name, factor in (("A", A), ("B", B)):
+        _check.tensor(name, factor)
+        _check.same_device(name, factor, x)
     if A.dim() != 2 or B.dim() != 2:
         raise ValueError(f"A must be [R, K] and B [N, R], got {_check.shape(A)} and {_check.shape(B)}")
-    for name, factor, size in (("A", A, (A.shape[0], weight.shape[1])), ("B", B, (weight.shape[0], A.shape[0]))):
+    for name, factor, size in (("A", A, (A.shape[0], K)), ("B", B, (N, A.shape[0]))):
         if factor.shape != size:
             raise ValueError(f"{name} must be {list(size)} for the weight and A, got {_check.shape(factor)}")
         if factor.dtype not in (x.dtype, torch.float32) or factor.dtype != A.dtype:
             raise TypeError(f"A and B must both be {x.dtype} as x or float32, got {A.dtype} and {B.dtype}")
     if A.shape[0] > _check.MAX_RANK:
         raise ValueError(f"the rank must be at most {_check.MAX_RANK}, got {A.shape[0]}")
-    if bias is not None:
-        _vector("bias", bias, weight.shape[0], x)
 
 
 def _check_extras(x, A, B, core, in_scale, delta_in_scale, delta_scale, out_scale, magnitude, weight_norm_sq) -> None:

@@ -35,6 +35,12 @@ def _dropped(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
     return x if seed is None else lora_dropout(x, seed, p)
 
 
+def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """v = x̃ Aᵀ, fp32 ``[M, R]``."""
+    dtype = accumulate_dtype(x.dtype)
+    return rows_of(_dropped(x, seed, p)).to(dtype) @ A.to(dtype).T
+
+
 def lora_forward_(
     y: Tensor,
     x: Tensor,
@@ -54,7 +60,7 @@ def lora_forward_(
     shape and dtype.
     """
     dtype = accumulate_dtype(x.dtype)
-    v = rows_of(_dropped(x, seed, p)).to(dtype) @ A.to(dtype).T
+    v = lora_down(x, A, seed, p)
     out = y.to(dtype) if column_scale is None else y.to(dtype) * column_scale.to(dtype)
     if other is not None:
         out = out + other.to(dtype) * (1 if other_scale is None else other_scale.to(dtype))

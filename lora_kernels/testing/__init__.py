@@ -29,6 +29,19 @@ from .low_rank import (
     shrink_oracle,
 )
 from .numerics import Sample, assert_within_rule, bitwise_equal, poison, rms, threads
+from .quantized import (
+    QUANTIZED_DTYPES,
+    dequantize_oracle,
+    quantized_expected,
+    quantized_gradients,
+    quantized_leaves,
+    quantized_name,
+    quantized_oracle,
+    quantized_plain,
+    quantized_samples,
+    quantized_upstream,
+    quantized_weight,
+)
 from .timing import ratio, take_turns
 from .transforms import TRANSFORM_DTYPES, wht_noise, wht_oracle, wht_plain, wht_samples
 
@@ -37,12 +50,14 @@ __all__ = [
     "LORA_LINEAR_LEAVES",
     "LOW_RANK_DTYPES",
     "Dtypes",
+    "QUANTIZED_DTYPES",
     "Sample",
     "TRANSFORM_DTYPES",
     "adapter_count",
     "as_segments",
     "assert_within_rule",
     "bitwise_equal",
+    "dequantize_oracle",
     "expand_oracle",
     "lora_linear_expected",
     "lora_linear_gradients",
@@ -55,6 +70,15 @@ __all__ = [
     "low_rank_samples",
     "low_rank_terms",
     "poison",
+    "quantized_expected",
+    "quantized_gradients",
+    "quantized_leaves",
+    "quantized_name",
+    "quantized_oracle",
+    "quantized_plain",
+    "quantized_samples",
+    "quantized_upstream",
+    "quantized_weight",
     "ratio",
     "rms",
     "shrink_oracle",

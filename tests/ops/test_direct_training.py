@@ -37,6 +37,8 @@ def tensors(dtype=torch.float32):
 
 #: What each op is called with: names of tensors, or values.
 CALLS = [
+    (ops.lora_down, ("x", "A", None, 0.0)),
+    (ops.lora_down, ("x", "A", "seed", 0.25)),
     (ops.lora_forward_, ("y", "x", "A", "B", None, None, None, None, None, 0.0, 0.5)),
     (ops.lora_forward_, ("y", "x", "A", "B", "c", "other", "e", "b", "seed", 0.25, 0.5)),
     (ops.lora_out_grads, ("dy", "v", "B", None, None, None, 0.5, True, True)),

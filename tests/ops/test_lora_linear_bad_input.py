@@ -191,6 +191,12 @@ def test_of_the_compiled_kernels(cpu_backend):
         with pytest.raises(RuntimeError):
             ops.lora_forward_(*args)
     for args in (
+        (x, A[:, 1:], None, 0.0), (x, A.half(), None, 0.0), (x, A, seed.int(), 0.5), (x, A, seed, 1.5),
+        (x.double(), A, seed, 0.5),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            ops.lora_down(*args)
+    for args in (
         (y, v[1:], B, *none[:3], 1.0, True, True), (y, v[:, 1:], B, *none[:3], 1.0, True, True),
         (y, v, B[1:], *none[:3], 1.0, True, True), (y, v, B, y[1:], None, None, 1.0, True, True),
         (y, v, B, y, c[1:], None, 1.0, True, True), (y, v, B, y, None, c[1:], 1.0, True, True),

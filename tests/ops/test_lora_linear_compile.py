@@ -33,6 +33,8 @@ def op_calls(sample):
     M, N, R = x.shape[:-1].numel(), *B.shape
     seed, p, c = torch.tensor([a["seed"]]), 0.3, torch.rand(N)
     v = torch.randn(M, R)
+    yield ops.lora_down, (x, A, None, 0.0)
+    yield ops.lora_down, (x, A, seed, p)
     yield ops.lora_forward_, (y.clone(), x, A, B, None, None, None, None, None, 0.0, 0.5)
     yield ops.lora_forward_, (y.clone(), x, A, B, c, y.clone(), c + 1, bias, seed, p, 0.5)
     yield ops.lora_out_grads, (y, v, B, None, None, None, 0.5, True, True)
@@ -181,6 +183,7 @@ def test_fakes_refuse_tensors_of_several_devices():
     x, seed = torch.randn(M, K), torch.tensor([3])
     for op, args in (
         (ops.lora_forward_, (torch.zeros(M, N), x, A.to("meta"), B, None, None, None, None, seed, 0.5, 1.0)),
+        (ops.lora_down, (x, A.to("meta"), seed, 0.5)),
         (ops.lora_dropout, (x.to("meta"), seed, 0.5)),
     ):
         with pytest.raises((RuntimeError, ValueError), match=r"device|meta"):

@@ -84,7 +84,7 @@ def run(instrumented, tmp_path, *arguments):
 
 NAMES = (
     "low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers", "lora_linear",
-    "lora_linear_training", "lora_linear_bad_input",
+    "lora_linear_training", "lora_linear_bad_input", "quantized_forward", "quantized_backward", "quantized_bad_input",
 )  # fmt: skip
 FILES = [HERE / f"test_{name}.py" for name in NAMES]
 

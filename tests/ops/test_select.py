@@ -12,12 +12,15 @@ from lora_kernels.select import (
     Gpu,
     choose,
     cuda_is_faster,
+    dequantize_tiles,
     expand_grad_tiles,
     expand_tiles,
     gradient_rows,
     in_grad_tiles,
     makes_v_again,
     outer_tiles,
+    quantized_grad_tiles,
+    quantized_tiles,
     runs_on,
     shrink_tiles,
 )
@@ -181,6 +184,49 @@ def test_few_rows_are_shared_by_more_programs():
     sizes = [gradient_rows(rows, 16, 512, GPUS[2]) for rows in (100, 1000, 2000, 8192)]
     assert sizes == [64, 128, 256, 512]
     assert gradient_rows(100, 1000, 512, GPUS[2]) == 512
+
+
+GROUPS = (1, 7, 16, 32, 48, 64, 96, 128, 4096)
+LENGTHS = (1, 63, 4096, 11008, 14336)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_packed_block_has_one_scale_where_it_says_so(group):
+    for K, rows, (x, factors), gpu in itertools.product(LENGTHS, SIZES, DTYPES, GPUS):
+        tiles = [of(rows, 4096, K, group, x, factors, gpu) for of in (quantized_tiles, quantized_grad_tiles)]
+        for t in (*tiles, dequantize_tiles(K, group)):
+            assert powers_of_two(t.block_m, t.block_k)
+            assert not t.one_group or len({k // group for k in range(min(t.block_k, K))}) == 1
+            assert not t.one_group or group % t.block_k == 0 or group >= K
+        assert tiles[0].one_group == (group % 32 == 0 or group >= K)
+
+
+def test_programs_that_share_a_packed_sum_have_all_of_it():
+    for N, K, rows, (x, factors), gpu in itertools.product(LENGTHS, LENGTHS, SIZES, DTYPES, GPUS):
+        y, dx = (of(rows, N, K, 64, x, factors, gpu) for of in (quantized_tiles, quantized_grad_tiles))
+        for t, length, block in ((y, K, y.block_k), (dx, N, dx.block_n)):
+            assert powers_of_two(t.block_m, t.block_n, t.block_k, t.block_r)
+            assert (t.split - 1) * t.steps * block < length <= t.split * t.steps * block
+            assert t.split == 1 or t.steps >= 4
+            assert t.split == 1 or t.split * rows * 8 <= length
+
+
+def test_a_packed_sum_is_shared_where_rows_are_few():
+    bf16, gpu = torch.bfloat16, GPUS[2]
+    splits = [quantized_tiles(rows, 4096, 4096, 64, bf16, bf16, gpu).split for rows in (1, 16, 64, 512, 8192)]
+    assert splits == [8, 8, 8, 1, 1]
+    assert quantized_tiles(1, 28672, 4096, 64, bf16, bf16, gpu).split == 1
+    assert quantized_grad_tiles(64, 4096, 4096, 64, bf16, bf16, gpu).split == 8
+
+
+def test_packed_tiles_fit_in_shared_memory():
+    for rows, group, (x, factors), gpu in itertools.product(SIZES, GROUPS, DTYPES, GPUS):
+        for of in (quantized_tiles, quantized_grad_tiles):
+            t = of(rows, 4096, 4096, group, x, factors, gpu)
+            other = t.block_k if of is quantized_tiles else t.block_n
+            unpacked = t.block_n * t.block_k * x.itemsize
+            staged = t.block_m * other * x.itemsize + t.block_n * t.block_k
+            assert unpacked + t.num_stages * staged <= gpu.shared
 
 
 def test_only_an_expand_with_one_block_of_ranks_adds_parts_for_many_columns():
