@@ -6,6 +6,8 @@
     lk.bgmv(y, x, A, B, adapter_ids)                       # many adapters over the rows of one batch, in place
     lk.multi_lora(x, A, B, adapter_ids)                    # the same, differentiable
     lk.lora_linear(x, weight, A, B, scaling=2.0)           # a frozen linear layer with one adapter
+    qw = lk.quantize(weight, "nf4")                        # or QuantizedWeight.from_bitsandbytes(param), ...
+    lk.quantized_lora_linear(x, qw, A, B, scaling=2.0)     # a 4-bit base with its adapter in the same sum
     lk.wht(x)                                              # the Walsh-Hadamard transform of each row
 
 Names are imported when first used; importing the package has no side effects.
@@ -21,6 +23,9 @@ from ._version import __version__
 _HOME = {
     "ops.low_rank": ("bgmv", "sgmv", "bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand", "multi_lora"),
     "ops.lora_linear": ("lora_linear",),
+    "ops.quantized": ("dequantize", "quantized_linear", "quantized_lora_linear", "quantized_multi_lora_linear"),
+    "quantization": ("QuantizedWeight", "quantize"),
+    "quantization.merge": ("merge_requant",),
     "ops.transforms": ("wht",),
     "ops._dispatch": ("backend",),
     "plan": ("BatchPlan",),
@@ -47,8 +52,11 @@ if TYPE_CHECKING:
         sgmv_expand,
         sgmv_shrink,
     )
+    from .ops.quantized import dequantize, quantized_linear, quantized_lora_linear, quantized_multi_lora_linear
     from .ops.transforms import wht
     from .plan import BatchPlan
+    from .quantization import QuantizedWeight, quantize
+    from .quantization.merge import merge_requant
 
 
 def __getattr__(name: str) -> Any:
