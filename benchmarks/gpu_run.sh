@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command of under 9 minutes, with no network:
-#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|transforms|tune|training|bench] [--dry-run]
+#   benchmarks/gpu_run.sh OUT [--only build|tests|memcheck|racecheck|transforms|tune|training|quantized|bench] [--dry-run]
 # A stage ends at its limit, the benchmarks at the end of the 9 minutes. OUT gets a log of each stage and
-# gpu_low_rank.json, gpu_lora_linear.json and gpu_transforms.json, which belong in
+# gpu_low_rank.json, gpu_lora_linear.json, gpu_quantized.json and gpu_transforms.json, which belong in
 # benchmarks/results/<the device they name>/, and <device>.json, which belongs in kernels/configs/. A stage that
 # OUT/done lists is not run again: delete it to start over.
 # --dry-run takes the same path on the CPU with tiny shapes. PYTHON names an interpreter with torch, Triton and pytest,
@@ -81,6 +81,7 @@ done
 stage transforms 40 "$PYTHON" benchmarks/gpu_transforms.py --out "$OUT" --seconds 30 $DRY
 stage tune 45 "$PYTHON" benchmarks/tune.py --out "$OUT" $DRY
 stage training 40 "$PYTHON" benchmarks/gpu_lora_linear.py --out "$OUT" --seconds 28 $DRY
+stage quantized 40 "$PYTHON" benchmarks/gpu_quantized.py --out "$OUT" --seconds 28 $DRY
 left=$((WHOLE - SECONDS))
 stage bench $left "$PYTHON" benchmarks/gpu_low_rank.py --out "$OUT" --seconds $((left - 30)) \
   ${LORA_KERNELS_PEERS:+--peers "$LORA_KERNELS_PEERS"} $DRY

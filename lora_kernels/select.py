@@ -307,6 +307,102 @@ def gradient_rows(rows: int, blocks: int, most: int, gpu: Gpu) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class QuantizedTiles:
+    """How a Triton product with a packed weight cuts its work.
+
+    ``one_group``: a block of ``block_k`` is all of one group, whose scale is read once. ``split`` programs share a sum,
+    ``steps`` blocks each.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    one_group: bool
+    split: int
+    steps: int
+    num_warps: int
+    num_stages: int
+
+
+def quantized_tiles(
+    rows: int, N: int, K: int, group: int, x: torch.dtype, factors: torch.dtype, gpu: Gpu
+) -> QuantizedTiles:
+    """For y ``[rows, N]`` of x ``[rows, K]``, summed over K."""
+    half = x != torch.float32
+    block_k, one_group = _within_groups(group, K, 64 if half else 32)
+    block_m = 16 if rows <= 16 else 64 if rows <= 64 or not half else 128
+    block_n = 128 if block_m == 128 else 64
+    split, steps = _split(rows, K, block_k, -(-rows // block_m) * -(-N // block_n), gpu)
+    return QuantizedTiles(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        block_r=32 if factors == torch.bfloat16 else 16,
+        one_group=one_group,
+        split=split,
+        steps=steps,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=2 if gpu.amd else 4 if block_m == 16 else 3,
+    )
+
+
+def quantized_grad_tiles(
+    rows: int, N: int, K: int, group: int, dy: torch.dtype, factors: torch.dtype, gpu: Gpu
+) -> QuantizedTiles:
+    """For dx ``[rows, K]`` of dy ``[rows, N]``, summed over N."""
+    half = dy != torch.float32
+    block_k, one_group = _within_groups(group, K, 64)
+    block_m = 64 if rows <= 64 or not half else 128
+    block_n = 64 if half else 32
+    split, steps = _split(rows, N, block_n, -(-rows // block_m) * -(-K // block_k), gpu)
+    return QuantizedTiles(
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        block_r=32 if factors == torch.bfloat16 else 16,
+        one_group=one_group,
+        split=split,
+        steps=steps,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=2 if gpu.amd else 3,
+    )
+
+
+@dataclass(frozen=True)
+class DequantizeTiles:
+    """How the Triton dequantisation cuts its work; ``one_group`` as of :class:`QuantizedTiles`."""
+
+    block_m: int
+    block_k: int
+    one_group: bool
+    num_warps: int
+
+
+def dequantize_tiles(columns: int, group: int) -> DequantizeTiles:
+    """For the first ``columns`` columns of a weight, in blocks that begin at multiples of ``block_k``."""
+    block_k, one_group = _within_groups(group, columns, 128)
+    return DequantizeTiles(block_m=2048 // block_k, block_k=block_k, one_group=one_group, num_warps=4)
+
+
+def _within_groups(group: int, columns: int, most: int) -> tuple[int, bool]:
+    """(a power of two from 32 to ``most``, whether a block of it never has two groups)."""
+    size = most if group >= columns else min(group & -group, most)
+    return (size, True) if size >= 32 else (most, False)
+
+
+def _split(rows: int, length: int, block: int, programs: int, gpu: Gpu) -> tuple[int, int]:
+    """(how many programs share a sum of ``length``, how many blocks each takes): four or more.
+
+    No more than the GPU needs to be busy, nor than leave in memory a few times what the weight takes.
+    """
+    blocks = -(-length // block)
+    split = max(min(gpu.programs // programs, blocks // 4, length // (8 * rows)), 1)
+    steps = -(-blocks // split)
+    return -(-blocks // steps), steps
+
+
 def _power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()

@@ -22,7 +22,7 @@ def gpu_run(out, *arguments, **variables):
 
 
 def test_dry_run_measures_every_kind_of_case(tmp_path):
-    for stage in ("tests", "transforms", "tune", "training", "bench"):
+    for stage in ("tests", "transforms", "tune", "training", "quantized", "bench"):
         done = gpu_run(tmp_path, "--dry-run", "--only", stage, LORA_KERNELS_PEERS=tmp_path / "nothing")
         assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "gpu_low_rank.json").read_text())
@@ -40,6 +40,11 @@ def test_dry_run_measures_every_kind_of_case(tmp_path):
         assert {"base", "lora_kernels", "torch"} <= step["us"].keys() == step["launched_us"].keys()
         assert "PEFT" in step["us"] or "PEFT" in step["failed"]
     assert layers["left_out"] == 0
+    packed = json.loads((tmp_path / "gpu_quantized.json").read_text())
+    assert {row["pass"] for row in packed["layers"]} == {"forward", "gradient"}
+    for row in packed["layers"]:
+        assert {"lora_kernels", "unpacked", "bf16"} <= row["us"].keys()
+    assert packed["left_out"] == 0
     for name, why in found["missing_peers"].items():
         assert f"{name} is not timed: {why}" in (tmp_path / "bench.log").read_text()
     assert set(found["missing_peers"]) == {"vLLM", "SGLang csgmv"}

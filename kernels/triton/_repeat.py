@@ -25,8 +25,8 @@ _state = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """``kernel[grid](*args, **constants)``, with fused multiply-adds; noted where an op is being recorded."""
-    compiled = kernel[grid](*args, enable_fp_fusion=True, **constants)
+    """``kernel[grid](*args, **constants)``, multiply-adds fused unless told; noted where an op is being recorded."""
+    compiled = kernel[grid](*args, **{"enable_fp_fusion": True, **constants})
     recording = getattr(_state, "recording", None)
     if recording is not None:
         recording.add(kernel, compiled, grid, args, constants)

@@ -37,6 +37,20 @@ from .low_rank import (
 )
 
 
+def lora_down(x: Tensor, A: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """v = x̃ Aᵀ, in one kernel and, where that leaves parts, one that adds them up."""
+    if not x.numel():
+        return reference.lora_down(x, A, seed, p)
+    with _device.on(x):
+        a, threshold = _factors([A[None]], -2), threshold_of(p)
+        planes = _shrink(x, a, None, None, x.shape[:-1].numel(), whole=False, seed=seed, threshold=threshold)[:, 0]
+        if planes.shape[0] == 1:
+            return planes[0]
+        v = torch.empty_like(planes[0])
+        _add_up([Sum(v, planes, 1.0)])
+    return v
+
+
 def lora_forward_(
     y: Tensor,
     x: Tensor,

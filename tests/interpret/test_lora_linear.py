@@ -122,6 +122,7 @@ def masks(M, K, p):
     """The mask as each kernel has it: lora_dropout's, the shrink's, and both of the gradients'."""
     x, A = torch.ones(M, K), torch.eye(K)
     yield ops.lora_dropout(x, SEED, p)
+    yield ops.lora_down(x, A, SEED, p)
     yield ops.lora_forward_(torch.zeros(M, 3), x, A, torch.zeros(3, K), None, None, None, None, SEED, p, 1.0)
     dx = torch.zeros(M, K)
     dA = ops.lora_in_grads_(dx, torch.ones(M, 1), torch.zeros(M, K), torch.ones(1, K), SEED, p, 1.0)
