@@ -2,8 +2,9 @@
 
 Whatever could change the result in silence (hooks, a variant, another class of module or parameter) is looked at; what
 the kernels refuse before they write anything (shapes, dtypes, devices) is left to them, and the call then goes to PEFT.
-A base layer that is not plainly torch's product, such as a quantised one, runs by its own forward, and the adapters'
-part is added to what it returns. :func:`._peft_reason.slow_reason` says the same in words.
+A base layer quantised to 4 or 8 bits is in the same sum; one that is otherwise not plainly torch's product runs by its
+own forward, and the adapters' part is added to what it returns. :func:`._peft_reason.slow_reason` says the same in
+words.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from torch.nn.functional import linear
 
 from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
-from ..ops._low_rank import lora_add_
+from ..ops._low_rank import lora_add_, lora_shrink
+from ..ops._quantized import quantized_linear as _product
 from ..ops.lora_linear import _Dropout, apply_lora, dora, draw_seed, lora, row_norms_sq
 from ..ops.low_rank import _call, _multi_lora
+from ..ops.quantized import quantized_linear, quantized_lora_linear
+from ..quantization.weight import QuantizedWeight
 from ..reference.dropout import keep_scale, threshold
 from ._peft_batch import Names
 from ._peft_state import State, look, recall, split, unusual
@@ -70,6 +74,12 @@ def forward(layer: Any, x: Tensor, names: Any) -> Tensor | None:
         state = state._replace(weight=None)
     if state.cores:
         state = _with_cores(state)
+    if state.packed is not None and not compiling:
+        quantised = state.packed.weight()
+        if quantised is not None:
+            return _over_quantised(state, quantised, x, table, grad)
+        if not state.A:
+            return None
     if compiling:
         state = _scaled(state)
     if not autocast():
@@ -141,15 +151,58 @@ def _beside(layer: Any, state: State, x: Tensor, table: Tensor | None, grad: boo
     if type(y) is not Tensor or y.device != x.device or not y.is_floating_point() or y.shape[:-1] != x.shape[:-1]:
         name = type(base).__name__
         raise TypeError(f"the base layer {name} made {type(y).__name__} {list(y.shape)} of {list(x.shape)}")
-    if result not in (dtype, torch.float32):
-        y = y.float()
-    elif not _is_new(base):
+    if result in (dtype, torch.float32) and not _is_new(base):
         y = y.clone()
-    x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False) if autocast() else contextlib.nullcontext():
-        one_by_one = table is None and not state.bare
-        y = _one_by_one(state, x, y) if one_by_one else _added(state, x, y, table, grad)
-    return y.to(result)
+        return _onto(state, x.to(dtype), y, table, grad).to(result)
+
+
+def _onto(state: State, x: Tensor, y: Tensor, table: Tensor | None, grad: bool) -> Tensor:
+    """y, which is overwritten, plus the adapters' part in x's dtype; in fp32 where y is in neither."""
+    if y.dtype not in (x.dtype, torch.float32):
+        y = y.float()
+    one_by_one = table is None and not state.bare
+    return _one_by_one(state, x, y) if one_by_one else _added(state, x, y, table, grad)
+
+
+def _over_quantised(
+    state: State, weight: QuantizedWeight, x: Tensor, table: Tensor | None, grad: bool
+) -> Tensor | None:
+    """Over a quantised base: in one sum where it computes in the adapters' dtype, else added to its product in fp32."""
+    device, base = x.device.type, state.packed
+    on = autocast() and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if on else x.dtype
+    if x.dtype not in _check.FLOATS:
+        return None
+    inner, result = base.kind.dtypes(base.base, x, dtype if on else None)  # type: ignore[union-attr]
+    if inner not in _check.FLOATS or (state.A and not fits(state.A, dtype)):
+        return None
+    bias = base.bias(inner)  # type: ignore[union-attr]
+    with torch.autocast(device, enabled=False) if on else contextlib.nullcontext():
+        if not state.A:
+            return quantized_linear(x.to(inner), weight, bias).to(result)
+        result = torch.promote_types(result, dtype)
+        if inner is dtype:
+            return _in_one_sum(state, weight, bias, x.to(dtype), table, grad).to(result)
+        y = quantized_linear(x.to(inner), weight, bias)
+        return _onto(state, x.to(dtype), y, table, grad).to(result)
+
+
+def _in_one_sum(
+    state: State, weight: QuantizedWeight, bias: Tensor | None, x: Tensor, table: Tensor | None, grad: bool
+) -> Tensor:
+    A, B, scale, p = state.A, state.B, state.scales[0], state.dropouts[0]
+    if table is not None and not (grad or threshold(p)):
+        scale, scaling = split(state.scales, x.device)
+        v = lora_shrink(x, A, None, None, table, None, x.shape[:-1].numel())
+        x = x if weight.order is None else x.index_select(-1, weight.order)
+        return _product(x, *weight.packed, bias, v, B, None, None, table, scaling, None, None, scale)
+    if table is None and state.bare and sum(a.shape[0] for a in A) <= _check.MAX_RANK:
+        A, B, scale = _concatenated(state)
+        return quantized_lora_linear(x, weight, A[0], B[0], scaling=scale, bias=bias)
+    if table is None and len(A) == 1 and state.biases[0] is None:
+        return quantized_lora_linear(x, weight, A[0], B[0], scaling=scale, bias=bias, dropout=p, training=True)
+    return _onto(state, x, quantized_linear(x, weight, bias), table, grad)
 
 
 def _is_new(base: Any) -> bool:

@@ -15,6 +15,7 @@ from ..ops._low_rank import lora_add_
 from ..select import choose
 from ._peft_batch import NAMES
 from ._peft_forward import forward as _forward
+from ._peft_packed import restore
 from ._peft_reason import slow_reason
 from ._peft_state import forget, repeat
 
@@ -41,7 +42,9 @@ class FusedMixin:
                 if _forced_in_vain(x):
                     raise
                 refusal = f"{type(error).__name__}: {error}"
-        y = super().forward(x, *args, adapter_names=adapter_names, **kwargs)  # type: ignore[misc]
+        if adapter_names is not None:  # not every class of PEFT's takes them
+            kwargs["adapter_names"] = adapter_names
+        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if refusal is not None and slow_reason(self, x) is None:
             _warn_once(refusal)
         return y
@@ -55,11 +58,13 @@ class FusedMixin:
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, which writes weights without a trace; the states let go of what they know of them."""
+        restore(self.base_layer)  # type: ignore[attr-defined]
         super().merge(*args, **kwargs)  # type: ignore[misc]
         forget(self)  # type: ignore[arg-type]
 
     def unmerge(self) -> None:
         """PEFT's, as :meth:`merge`."""
+        restore(self.base_layer)  # type: ignore[attr-defined]
         super().unmerge()  # type: ignore[misc]
         forget(self)  # type: ignore[arg-type]
 

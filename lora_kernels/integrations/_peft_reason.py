@@ -16,6 +16,7 @@ from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops._low_rank import lora_add_
 from ..select import choose
+from ._peft_packed import kind_of, packed_reason
 from ._peft_state import KASA, MICA, conv1d, unusual
 
 DISABLED = "base layer only: adapters disabled"
@@ -27,6 +28,8 @@ BASE_ONLY = frozenset({DISABLED, MERGED, INACTIVE})
 _QUANTISED = {
     "peft.tuners.lora.bnb": ("Linear8bitLt", "Linear4bit"),
     "peft.tuners.lora.hqq": ("HqqLoraLinear",),
+    "peft.tuners.lora.gptq": ("GPTQLoraLinear",),
+    "peft.tuners.lora.awq": ("AwqLoraLinear",),
 }
 
 
@@ -71,6 +74,16 @@ def base_reason(layer: Any) -> str | None:
     if base.weight.requires_grad and torch.is_grad_enabled():
         return "base weight requires grad"
     return None
+
+
+def beside_reason(layer: Any) -> str | None:
+    """:func:`base_reason` of a layer that runs fast, where a quantised base is in one product too."""
+    base = layer.base_layer
+    if kind_of(base) is None:
+        return base_reason(layer)
+    if "forward" in base.__dict__:
+        return "base layer: its forward was replaced on the instance"
+    return "base layer has hooks" if _altered(base.__dict__) else packed_reason(base)
 
 
 def class_reason(cls: type) -> str | None:

@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops._dispatch import extension, forced_backend
 from ._peft_batch import plain_tensors
+from ._peft_packed import Packed, forget_packed, kind_of, packed
 
 ABSENT = ...  # the value of a fact where the dictionary lacks the key
 ITEMS = ...  # the key of a fact about a list's items, or about an empty dictionary
@@ -61,6 +62,7 @@ class State(NamedTuple):
     norms: list[Any]  # what ‖W‖² was computed of, and ‖W‖²
     cores: tuple[Tensor | None, ...]  # [R], the diagonal of KaSA; () where there is none
     bare: bool  # an adapter is its factors and its scale, and no more
+    packed: Packed | None  # the base where it is quantised; there may then be no adapter
 
 
 def unusual() -> Any:
@@ -96,6 +98,7 @@ def _call(state: State, wanted: Wanted) -> tuple | None:
 
 def forget(layer: Module) -> None:
     """Let go of all states of the layer."""
+    forget_packed(layer)
     if extension is not None:
         extension.forget(layer)
 
@@ -169,19 +172,34 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
         with contextlib.nullcontext() if is_compiling() else plain_tensors():
             return weight.detach().mT, bias
 
+    def quantised(base: Module) -> Packed | None:
+        """The base layer's weight where the kernels may take it, None where the layer's own forward must run."""
+        seen: list[Any] = []
+        if is_compiling() or kind_of(base) is None or not is_plain(base, type(base), to=seen):
+            return None
+        if _has_backward_hooks(base):
+            return None
+        facts.extend(seen)
+        return packed(layer, base)
+
     d = layer.__dict__
-    if items(read(d, "merged_adapters")) != ():
-        return None
+    merged, disabled = items(read(d, "merged_adapters")) != (), read(d, "_disable_adapters")
     mixed = wanted is not None
     if wanted is None:
         active = read(d, "_active_adapter")
         wanted = (active,) if type(active) is str else items(active)
         if wanted is None:
             return None
-    if read(d, "_disable_adapters") or not read(d, "cast_input_dtype_enabled"):
+    if not read(d, "cast_input_dtype_enabled"):
         return None
     modules = read(d, "_modules")
-    weight, bias = base_parameters(read(modules, "base_layer"))
+    base = read(modules, "base_layer")
+    weight, bias = base_parameters(base)
+    of_base = None if weight is not None else quantised(base)
+    if merged or disabled:
+        if of_base is None or mixed or (merged and disabled):
+            return None
+        wanted = ()
     members = [read(modules, key) for key in ("lora_A", "lora_B", "lora_dropout")]
     if ABSENT in members:
         return None
@@ -238,14 +256,16 @@ def look(layer: Module, wanted: Wanted, facts: list[Any]) -> State | None:
         biases.append(b_bias)
         cores.append(core)
         backward_hooks = backward_hooks or any(map(_has_backward_hooks, (a, b, dropout)))
-    if not A or (mixed and (len(set(probabilities)) > 1 or any(b is not None for b in biases))):
+    if not A and of_base is None:
+        return None
+    if mixed and (len(set(probabilities)) > 1 or any(b is not None for b in biases)):
         return None
     if not any(core is not None for core in cores):
         cores = []
     bare = magnitude is None and not (cores or any(probabilities) or any(b is not None for b in biases))
     return State(
         weight, bias, A, B, tuple(scales), tuple(adapters), backward_hooks,
-        tuple(probabilities), tuple(biases), magnitude, [], tuple(cores), bare,
+        tuple(probabilities), tuple(biases), magnitude, [], tuple(cores), bare, of_base,
     )  # fmt: skip
 
 

@@ -8,10 +8,12 @@ PEFT's own forward where it can't.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import Module
@@ -27,7 +29,8 @@ except ImportError as error:
 
 from ._peft_batch import FusedLoraModel, FusedModelMixin
 from ._peft_layer import FusedLinear, FusedMixin
-from ._peft_reason import BASE_ONLY, base_reason, class_reason, slow_reason
+from ._peft_packed import restore
+from ._peft_reason import BASE_ONLY, beside_reason, class_reason, slow_reason
 from ._peft_relatives import CLASSES, relative_of
 from ._peft_relatives_layer import FIXED, FusedRelativeMixin, class_refusal, relative_reason
 from ._peft_state import forget
@@ -71,6 +74,8 @@ def patch(model: Module, *, strict: bool = False) -> Handle:
     for module in model.modules():
         if _can_be_fast(type(module)):
             module.__class__ = _fused(type(module))  # type: ignore[arg-type]
+            if isinstance(module, FusedMixin):
+                restore(module.base_layer)
     return Handle(model)
 
 
@@ -97,6 +102,22 @@ _MIXINS = (FusedMixin, FusedModelMixin, FusedRelativeMixin)
 _FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel, **FIXED}  # importable, so that pickle finds them
 
 
+#: What PEFT's layers over quantised ones become, and where PEFT has these: imported only where a model has them.
+_QUANTISED = {
+    "FusedLinear8bitLt": "peft.tuners.lora.bnb",
+    "FusedLinear4bit": "peft.tuners.lora.bnb",
+    "FusedGPTQLoraLinear": "peft.tuners.lora.gptq",
+    "FusedAwqLoraLinear": "peft.tuners.lora.awq",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """So that pickle finds the patched classes over quantised layers."""
+    if name not in _QUANTISED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _fused(getattr(importlib.import_module(_QUANTISED[name]), name.removeprefix("Fused")))
+
+
 @functools.cache
 def _fused(cls: type) -> type:
     """The class over ``cls`` that runs fast."""
@@ -105,7 +126,9 @@ def _fused(cls: type) -> type:
         mixin = FusedModelMixin
     if issubclass(cls, mixin):
         return cls
-    return _FIXED.get(cls) or type(f"Fused{cls.__name__}", (mixin, cls), {"__module__": cls.__module__})
+    name = f"Fused{cls.__name__}"
+    module = __name__ if _QUANTISED.get(name) == cls.__module__ else cls.__module__
+    return _FIXED.get(cls) or type(name, (mixin, cls), {"__module__": module})
 
 
 def _unfused(cls: type) -> type:
@@ -137,7 +160,7 @@ class Handle:
             reason = _reason(layer)
             if reason is None and not isinstance(layer, _MIXINS):
                 reason = UNPATCHED
-            if reason is None and (base := base_reason(layer)) is not None:
+            if reason is None and (base := beside_reason(layer)) is not None:
                 reason = f"{FAST} {BESIDE}: {base}"
             layers[name] = reason or FAST
             classes[name] = type(layer).__name__

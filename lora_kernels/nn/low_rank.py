@@ -21,7 +21,37 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class LoRALinear(nn.Module):
+class OneAdapter(nn.Module):
+    """What layers with one adapter over a frozen ``weight`` share: A, B and s."""
+
+    weight: Any
+
+    def __init__(self, rank: int, alpha: float | None, dropout: float, rslora: bool):
+        super().__init__()
+        self.rank, self.scaling = _rank_and_scaling(rank, alpha, rslora)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout!r}")
+        self.dropout = dropout
+
+    def _add_factors(self, dtype: torch.dtype) -> None:
+        (out_features, in_features), device = self.weight.shape, self.weight.device
+        self.A = nn.Parameter(torch.empty(self.rank, in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.empty(out_features, self.rank, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A Kaiming-uniform, B zero."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        out_features, in_features = self.weight.shape
+        text = f"in_features={in_features}, out_features={out_features}, rank={self.rank}, scaling={self.scaling:g}"
+        return text + (f", dropout={self.dropout:g}" if self.dropout else "")
+
+
+class LoRALinear(OneAdapter):
     """y = x Wᵀ + bias + s (x̃ Aᵀ) Bᵀ with W frozen, x̃ = dropout(x) in training mode, and s = alpha / rank.
 
     A starts Kaiming-uniform and B zero, so that the layer starts as its base.
@@ -50,16 +80,9 @@ class LoRALinear(nn.Module):
         rslora: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__()
-        self.rank, self.scaling = _rank_and_scaling(rank, alpha, rslora)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be a probability from 0 to 1, got {dropout!r}")
-        self.dropout = dropout
+        super().__init__(rank, alpha, dropout, rslora)
         self.weight, self.bias = _frozen(linear)
-        out_features, in_features = linear.weight.shape
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=linear.weight.device))
-        self.B = nn.Parameter(torch.empty(out_features, rank, dtype=dtype, device=linear.weight.device))
-        self.reset_parameters()
+        self._add_factors(dtype)
 
     @classmethod
     def from_linear(
@@ -74,11 +97,6 @@ class LoRALinear(nn.Module):
     ) -> Self:
         """The layer over an existing linear."""
         return cls(linear, rank, alpha, dropout=dropout, rslora=rslora, dtype=dtype)
-
-    def reset_parameters(self) -> None:
-        """A Kaiming-uniform, B zero."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
@@ -96,12 +114,6 @@ class LoRALinear(nn.Module):
             training=self.training,
             **more,
         )
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``repr``."""
-        out_features, in_features = self.weight.shape
-        text = f"in_features={in_features}, out_features={out_features}, rank={self.rank}, scaling={self.scaling:g}"
-        return text + (f", dropout={self.dropout:g}" if self.dropout else "")
 
 
 class DoRALinear(LoRALinear):

@@ -64,7 +64,7 @@ def llama(dtype=torch.float32, bias=False):
     return model.eval()
 
 
-def write_tiny(path):
+def write_tiny(path, intermediate_size=96):
     """A directory with a random two-layer Llama of 14 linear layers and a byte tokenizer."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -79,7 +79,7 @@ def write_tiny(path):
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer.get_vocab()),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

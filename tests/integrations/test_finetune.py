@@ -133,7 +133,7 @@ def test_what_fails_in_training_is_one_line(tiny):
 
 @pytest.mark.parametrize("other, status", [(2.0, 0), (2.04, 0), (2.1, 1), (math.nan, 1)])
 def test_other_losses_are_a_failure_without_dropout(example, monkeypatch, capsys, other, status):
-    monkeypatch.setattr(example, "run", lambda args, patched: {"losses": [3.0, other if patched else 2.0]})
+    monkeypatch.setattr(example, "run", lambda args, patched, build: {"losses": [3.0, other if patched else 2.0]})
     assert example.main(options()) == status
     assert json.loads(capsys.readouterr().out)["agree"] is (status == 0)
     assert example.main(options(dropout=0.1)) == math.isnan(other)

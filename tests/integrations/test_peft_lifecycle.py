@@ -36,7 +36,6 @@ OWN_FORWARD = HOOKED_BASE = OVER_ANOTHER_TUNER = BESIDE
 DORA_OVER_OWN_FORWARD = "DoRA needs a plain base"
 DISPATCHED = "forward"  # hooks on every module
 OFFLOADED = "forward"
-BNB = {8: BESIDE, 4: BESIDE}
 TENSOR_SCALING = "scaling is a Tensor"
 
 
@@ -409,31 +408,6 @@ class TestOtherBases:
         x = torch.randn(5, K)
         grads = pair.same(calls, lambda m: trained(m, x), dict(zip(ends, (own, "not patched: ia3"), strict=True)))[2]
         assert any("lora_A" in name for name in grads) or not above
-
-    @pytest.mark.parametrize("bits", (8, 4))
-    @pytest.mark.parametrize("dropout", (0.0, 0.3))
-    def test_bitsandbytes(self, calls, bits, dropout):
-        bnb = pytest.importorskip("bitsandbytes")
-        torch.manual_seed(4)
-        base = Net()
-        if bits == 8:
-            up = bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
-            up.weight = bnb.nn.Int8Params(torch.randn(64, 64), requires_grad=False, has_fp16_weights=False)
-            base.is_loaded_in_8bit = True
-        else:
-            up = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-            up.weight = bnb.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4")
-            base.is_loaded_in_4bit = True
-        base.up, base.down = up.to("cpu"), nn.Linear(64, K)
-        model = get_peft_model(base, config(lora_dropout=dropout)).train()
-        assert type(up_of(model)).__name__ == f"Linear{'8bitLt' if bits == 8 else '4bit'}"
-        pair = Pair(model)
-        x = torch.randn(6, 64)
-        grads = pair.same(calls, lambda m: trained(m, x), {"up": BNB[bits], "down": FAST})[2]
-        assert len(grads) == 4
-        pair.do(lambda m: m.eval())
-        with torch.no_grad():
-            pair.same(calls, lambda m: m(x), {"up": BNB[bits], "down": FAST})
 
 
 class TestHooks:
