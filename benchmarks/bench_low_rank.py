@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from compare import OURS, check, compare
-from roofs import Roofs, Work, beyond_cache, timed
+from roofs import Work, beyond_cache, timed
 
 import lora_kernels as lk
 from lora_kernels.testing import low_rank_oracle, low_rank_plain, low_rank_terms
@@ -17,11 +17,6 @@ R, L = 16, 8
 LOOP, GATHER, READ = "addmm loop", "gather + einsum", "one torch.sum of the factors"
 CALLS = 2000  # of a tiny call that are timed together
 LAYERS = 64  # calls of bgmv with other adapters each, as a step of decoding makes them, that are timed together
-
-
-@pytest.fixture(scope="module")
-def roofs():
-    return Roofs()
 
 
 class ColdAdapters:

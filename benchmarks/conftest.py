@@ -13,6 +13,7 @@ sys.path.insert(0, str(HERE))
 import machine  # noqa: E402
 import report  # noqa: E402
 from compare import Rounds  # noqa: E402
+from roofs import Roofs  # noqa: E402
 
 
 class Clock:
@@ -51,6 +52,11 @@ def pytest_collection_modifyitems(items):
 def rounds(request):
     """``rounds(fewest, most, seconds)``, or three of them with ``--quick``."""
     return (lambda *bounds: Rounds(3, 3)) if request.config.getoption("--quick", default=False) else Rounds
+
+
+@pytest.fixture(scope="module")
+def roofs():
+    return Roofs()
 
 
 @pytest.fixture

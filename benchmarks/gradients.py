@@ -73,6 +73,29 @@ def check_dropped(ours: Any, layer: Any, x: Tensor, dy: Tensor, what: str) -> No
         raise AssertionError(f"{OURS} {what}: the mask of A's gradient is not that of y: {of_a} and {of_b}")
 
 
+def exact_lora(x: Tensor, weight: Tensor, A: Tensor | None = None, B: Tensor | None = None, s: float = 2.0) -> Tensor:
+    """x Wᵀ + s (x Aᵀ) Bᵀ in float64."""
+    y = x.double() @ weight.double().T
+    return y if A is None or B is None else y + s * (x.double() @ A.double().T) @ B.double().T
+
+
+@torch.enable_grad()
+def check_quantized(ours: Any, layer: Any, weight: Tensor, x: Tensor, dy: Tensor, what: str) -> None:
+    """:func:`check_layer` where the base is packed: PEFT's ``layer`` is plain PyTorch, ``weight`` what its base holds.
+
+    Raises:
+        AssertionError: with the result that is wrong.
+    """
+    A, B = (half["default"].weight for half in (layer.lora_A, layer.lora_B))
+    leaves = [t.detach().double().requires_grad_() for t in (x, A, B)]
+    y = exact_lora(leaves[0], weight, *leaves[1:], s=layer.scaling["default"])
+    exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    found, peers = (list(passes(one, x, dy).values()) for one in (ours, layer))
+    for name, result, want, peer in zip(("y", "x", "A", "B"), found, exact, peers, strict=True):
+        noise = math.sqrt(len(x.flatten(0, -2))) * 2**-24 * rms(want)
+        assert_within_rule(result, want, peer, noise=noise, what=f"{OURS} {what}: {name}")
+
+
 def _dots(a: Tensor, b: Tensor) -> Tensor:
     """aᵀ b of each row, in float64."""
     return (a.detach().double() * b.detach().double()).sum(-1)

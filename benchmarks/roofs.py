@@ -57,6 +57,11 @@ class Roofs:
         square = self.squares[getattr(torch, name)]
         return timed(lambda: torch.mm(square, square))
 
+    def evict(self) -> None:
+        """Read so much that nothing else is left in the caches."""
+        for _ in range(1 + 2 * last_level_cache() // CHUNK):
+            self._next().sum()
+
     def _next(self) -> torch.Tensor:
         self.at = (self.at + 1) % len(self.chunks)
         return self.chunks[self.at]

@@ -26,8 +26,8 @@ WARM = 2  # steps whose time does not count
 AGREE = 0.05  # nats by which losses may differ, rounding in bf16 having been amplified by training
 
 
-def train(args, patched):
-    """Train in this process; what there is to say of it, as JSON has it."""
+def train(args, patched, build):
+    """Train what ``build(args, device)`` makes in this process; what there is to say of it, as JSON has it."""
     import torch
 
     import lora_kernels
@@ -35,10 +35,10 @@ def train(args, patched):
 
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = models.device(args.device)
-    model, tokenizer = models.load(args.model or models.bundled_model(False), device)
+    model, tokenizer = build(args, device)
     rows = windows(tokenizer, args)
     torch.manual_seed(args.seed)
-    model = with_adapter(model.to(torch.bfloat16), args)
+    model = with_adapter(model, args)
     report = lora_kernels.patch(model).report() if patched else None
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.rate, weight_decay=0.0)
@@ -69,6 +69,14 @@ def train(args, patched):
         "device": str(device),
         "model": Path(args.model or models.bundled_file()).stem,
     }
+
+
+def in_bf16(args, device):
+    """The model in bf16, and its tokenizer."""
+    from lora_kernels.demo import model as models
+
+    model, tokenizer = models.load(args.model or models.bundled_model(False), device)
+    return model.bfloat16(), tokenizer
 
 
 def with_adapter(model, args):
@@ -141,18 +149,18 @@ def memory(device, start=False):
     return int(line.split()[1]) * 1024
 
 
-def run(args, patched):
+def run(args, patched, build):
     """:func:`train` in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(train, args, patched).result()
+        return pool.submit(train, args, patched, build).result()
 
 
-def table(args, found):
-    """What both runs took, in lines of text."""
+def table(args, found, base):
+    """What both runs took, in lines of text; ``base`` is what the weights are in."""
     peft, ours = found["PEFT"], found["lora_kernels"]
     kind = "DoRA" if args.dora else "LoRA"
     yield (
-        f"{ours['model']}, bf16, {kind} of rank {args.rank} in fp32, dropout {args.dropout:g}, {args.rows} × "
+        f"{ours['model']}, {base}, {kind} of rank {args.rank} in fp32, dropout {args.dropout:g}, {args.rows} × "
         f"{args.tokens} tokens, {ours['device']}" + (f", {ours['threads']} threads" if ours["device"] == "cpu" else "")
     )
     yield ours["layers"].splitlines()[0]  # how many run fast
@@ -192,7 +200,7 @@ def plot(args, found):
     pyplot.close(figure)
 
 
-def main(args):
+def main(args, build=in_bf16, base="bf16"):
     """Train twice, compare; returns the exit status: 1 where the losses of two runs without dropout differ."""
     for name in ("steps", "rank", "rows", "tokens"):
         if getattr(args, name) < 1:
@@ -201,7 +209,7 @@ def main(args):
         raise ValueError(f"--dropout must be at least 0 and less than 1, got {args.dropout}")
     if args.plot and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install matplotlib")
-    found = {"PEFT": run(args, False), "lora_kernels": run(args, True)}
+    found = {"PEFT": run(args, False, build), "lora_kernels": run(args, True, build)}
     pairs = list(zip(*(one["losses"] for one in found.values()), strict=True))
     finite = all(map(math.isfinite, (loss for pair in pairs for loss in pair)))
     difference = max(abs(a - b) for a, b in pairs) if finite else math.nan
@@ -209,7 +217,7 @@ def main(args):
     if args.json:
         print(json.dumps({**found, "max_difference": difference, "agree": agree}, ensure_ascii=False))
     else:
-        print(*table(args, found), sep="\n")
+        print(*table(args, found, base), sep="\n")
         why = "each draws dropout masks of its own" if args.dropout else f"at most {AGREE} is rounding's"
         print(f"losses differ by at most {difference:.4f}; {why}")
     if args.plot:
@@ -217,9 +225,10 @@ def main(args):
     return 0 if agree else 1
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+def parser(**words):
+    """The options; ``words`` are argparse's."""
+    made = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **words)
+    add = made.add_argument
     add("--steps", type=int, default=30)
     add("--rank", type=int, default=16)
     add("--dropout", type=float, default=0.0)
@@ -234,7 +243,11 @@ if __name__ == "__main__":
     add("--seed", type=int, default=0)
     add("--plot", type=Path, metavar="PATH", help="draw the losses into this PNG")
     add("--json", action="store_true", help="one JSON object on stdout and nothing else there")
+    return made
+
+
+if __name__ == "__main__":
     try:
-        sys.exit(main(parser.parse_args()))
+        sys.exit(main(parser(description=__doc__).parse_args()))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"finetune: {error}")

@@ -116,6 +116,62 @@ def test_wrong_dropout_is_not_timed(gradients, p, mistake, match):
         gradients.check_layer(mistaken(right, p, mistake), right, *sample(), "it")
 
 
+def in_4_bits():
+    """(ours, PEFT's, what the base holds): twins over one packed weight."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    from lora_kernels import QuantizedWeight, dequantize
+    from lora_kernels.nn import QuantizedLoRALinear
+
+    data, state = functional.quantize_4bit(torch.randn(N, K).bfloat16(), quant_type="nf4")
+    weight = QuantizedWeight.from_bitsandbytes(data, state)
+    right = layer()
+    right.base_layer.weight.data = dequantize(weight)
+    ours = QuantizedLoRALinear(weight, R, 2 * R)
+    with torch.no_grad():
+        ours.A.copy_(right.lora_A["default"].weight)
+        ours.B.copy_(right.lora_B["default"].weight)
+    return ours, right, dequantize(weight, torch.float32)
+
+
+def test_only_right_results_over_a_packed_weight_are_timed(gradients):
+    ours, right, weight = in_4_bits()
+    gradients.check_quantized(ours, right, weight, *sample(), "it")
+    for mistake in (ours.A, ours.B):
+        before = mistake.detach().clone()
+        with torch.no_grad():
+            mistake.mul_(1.2)
+        with pytest.raises(AssertionError, match=r"lora_kernels it: [yx]: relative RMS error"):
+            gradients.check_quantized(ours, right, weight, *sample(), "it")
+        with torch.no_grad():
+            mistake.copy_(before)
+    ours.codes[0].zero_()
+    with pytest.raises(AssertionError, match="lora_kernels it: y"):
+        gradients.check_quantized(ours, right, weight, *sample(), "it")
+
+
+def test_blocks_are_counted_and_the_most_at_a_time():
+    import memory
+
+    def run():
+        first = torch.empty(3 << 20, dtype=torch.uint8)
+        second = torch.empty(2 << 20, dtype=torch.uint8)
+        del first
+        third = torch.empty(1 << 20, dtype=torch.uint8)
+        del second, third
+
+    assert memory.allocations(run) == (3 << 20, 5 << 20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_of_the_process_is_what_is_written():
+    import memory
+
+    kept = torch.ones(1 << 24)
+    assert memory.resident(lambda: torch.ones(1 << 25).sum()) == pytest.approx(4 << 25, rel=0.3)
+    assert memory.resident(lambda: torch.empty(1 << 25)) < 1 << 25
+    assert kept.all()
+
+
 def test_what_is_kept_is_counted_once(gradients):
     class Keeps(torch.nn.Module):
         def __init__(self):

@@ -178,6 +178,43 @@ def test_training_tables_say_what_the_results_say(report, found, tmp_path):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def in_4_bits(found):
+    layer = {"M": 8, "K": 4096, "N": 2048, "R": 16, "bound": 5e-4}
+    forward = {**layer, "targets": {"bitsandbytes": 1.2}}
+    memory = {"lora_kernels": [4e6, 9e6, None], "PEFT": [34e6, 36e6, 42e6]}
+    trained = {**layer, "M": 64, "targets": {"PEFT": 0.2}, "memory": memory, "freed_memory_kept": True}
+    step = {"rows": 8, "tokens": 64, "model": "a model", "R": 16, "targets": {"PEFT": 1 / 1.8}}
+    both = {"PEFT": 0.02, "lora_kernels": 0.005}
+    others = [
+        *entries("quantized forward, 8 rows", {"lora_kernels": 1e-3, "bitsandbytes": 8e-4, "PEFT": 0.02}, **forward),
+        *entries("quantized training, 64 rows", both, **trained),
+        *entries("quantized training, 64 rows, returned", both, **{**trained, "freed_memory_kept": False}),
+        *entries("quantized adapters", {"one": 1e-3, "several": 1.1e-3}, **layer, share=1.19),
+        *entries("quantized formats, 8 rows", {"bf16": 2e-3, "nf4": 1e-3, "int8": 1.5e-3}, **layer),
+        *entries("quantized step", {"PEFT": 2.0, "lora_kernels": 1.0}, **step, freed_memory_kept=True),
+    ]
+    return {**found, "benchmarks": others}
+
+
+def test_tables_of_packed_weights_say_what_the_results_say(report, found, tmp_path):
+    marked = "<!-- benchmarks:quantized -->\n<!-- /benchmarks:quantized -->\n"
+    text = report.insert(marked, [report.Result(in_4_bits(found))], tmp_path)
+    forward, trained, memory, adapters, formats, step = (f"|{table}" for table in text.split(":\n\n|")[1:])
+    assert "An NF4 layer, 4096 × 2048, with an adapter of rank 16, forward:" in text
+    close = ["1.00 ms", "50%", "1.25× [1.25, 1.25], target 1.20×", "0.050× [0.050, 0.050]"]
+    assert cells(forward, "8") == close
+    both = ["5.00 ms", "10%", "0.25× [0.25, 0.25], target 0.20×"]
+    assert cells(trained, "64") == cells(trained, "64, memory returned") == both
+    assert cells(memory, "64") == ["4 / 9 /", "34 / 36 / 42"]
+    assert "returned" not in memory
+    assert cells(adapters, "8") == ["1.00 ms", "1.10× [1.10, 1.10]", "1.19×"]
+    assert cells(formats, "8") == ["2.00 ms", "0.50× [0.50, 0.50]", "0.75× [0.75, 0.75]"]
+    assert cells(step, "step") == ["1000.00 ms", "0.50× [0.50, 0.50], target 0.56×"]
+    assert report.insert(marked, [], tmp_path).count("not yet measured") == 2
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
 def on_gpu():
     times = {"lora_kernels": {"alone_us": 4.0, "exposed_us": 3.0}, "addmm loop": {"alone_us": 20.0, "exposed_us": 21.0}}
     case = {"site": "o", "rows": 8, "adapters": 2, "rank": 16, "floor_us": 2.0, "base_us": 17.0, "providers": times}
