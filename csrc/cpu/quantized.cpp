@@ -17,7 +17,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kColumns = 96;       // of y in a task
 constexpr int64_t kGradColumns = 128;  // of dx in a task: a line of codes
-constexpr int64_t kRowsOfTask = 8;     // of x, packed
+constexpr int64_t kFewRows = 48;
+constexpr int64_t kColumnsOfFew = 512;
+constexpr int64_t kRowsOfTask = 8;  // of x, packed
 
 inline thread_local Buffer packed_rows, sums_of_groups;
 
@@ -187,7 +189,8 @@ void run(const Weight& w, const QuantizedProduct& product, const Matrix& x, cons
     int first = int(task * kRowsOfTask);
     product.pack(w, packed, first, std::min<int>(kRowsOfTask, m - first));
   });
-  int64_t width = columns_of_task(y.columns, widest);
+  // Few rows are read from memory as they are multiplied, each task ahead of itself.
+  int64_t width = columns_of_task(y.columns, m <= kFewRows ? kColumnsOfFew : widest);
   for_each_task(divide_up(y.columns, width), w.N * w.stride + m * x.columns * 2 >= kWorthThreads, [&](int64_t task) {
     int64_t begin = task * width, end = std::min(begin + width, y.columns);
     float* sum = floats(column_block, m * width);

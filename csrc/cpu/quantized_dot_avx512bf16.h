@@ -16,7 +16,7 @@ namespace {
 
 constexpr int CODES_CHUNK = 128;        // numbers of a row of W that are looked up together
 constexpr int ROWS_AT_ONCE = 12;        // rows of x whose sums fit the registers
-constexpr int FEW = 4;                  // rows of x
+constexpr int FEW = 2;                  // rows of x
 constexpr int STEPS = CODES_CHUNK / 2;  // pairs of them
 constexpr int TILE_COLUMNS = 2 * W;     // columns of y
 constexpr int64_t kMostGroups = 4096;
@@ -136,9 +136,10 @@ LK_INLINE void few_block(const Codes& w, const Lut& lut, const char* x, int64_t 
     for (int r = 0; r < NR; ++r) {
       const uint8_t* row = w.data + (n + r) * w.stride + c * (CODES_CHUNK / 2);
       __m512i codes = c + 1 < chunks ? _mm512_loadu_si512(row) : _mm512_maskz_loadu_epi8(bytes, row);
-      _mm_prefetch(row + 1024, _MM_HINT_T0);
+      prefetch(row, NR * w.stride);  // what the next rows need here, since these are short
       __m512bh v[4] = {lut.at<0>(codes), lut.at<1>(codes), lut.at<2>(codes), lut.at<3>(codes)};
       const float* scales = w.scales + (n + r) * w.groups + first;
+      prefetch(scales, NR * w.groups);
       __m512 s = _mm512_permutexvar_ps(of_lane, _mm512_maskz_loadu_ps(scales_left, scales));
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
@@ -154,9 +155,12 @@ LK_INLINE void few_block(const Codes& w, const Lut& lut, const char* x, int64_t 
     for (int m = 0; m < M; ++m) out[m * out_stride + r] = _mm512_reduce_add_ps(total[r][m]) * lut.unit;
 }
 
+// m rows of x, at most M of them.
 template <int M>
-void few_rows(const Codes& w, const Lut& lut, const char* x, int64_t begin, int64_t end, float* out,
+void few_rows(int m, const Codes& w, const Lut& lut, const char* x, int64_t begin, int64_t end, float* out,
               int64_t out_stride) {
+  if constexpr (M > 1)
+    if (m < M) return few_rows<M - 1>(m, w, lut, x, begin, end, out, out_stride);
   constexpr int NR = M == 1 ? 4 : 2;
   int64_t n = begin;
   for (; n + NR <= end; n += NR) few_block<M, NR>(w, lut, x, n, out + n - begin, out_stride);
@@ -170,6 +174,7 @@ LK_INLINE void look_up(const Codes& w, const Lut& lut, int64_t n, int64_t last, 
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     const uint8_t* row = w.data + (n + i < last ? n + i : last) * w.stride + c * (CODES_CHUNK / 2);
+    prefetch(row, TILE_COLUMNS * w.stride);
     v[i] = (vi)(~bytes ? _mm512_maskz_loadu_epi8(bytes, row) : _mm512_loadu_si512(row));
   }
   interleave(v);
@@ -243,6 +248,9 @@ void many_rows(const Codes& w, const Lut& lut, const PackedRows& packed, int64_t
       }
     for (int64_t c = 0; c < chunks; ++c) {
       __mmask64 bytes = bytes_left(w, c);
+      // The next tile's scales, all of them in as many steps as there are chunks.
+      int64_t share = TILE_COLUMNS * w.groups / chunks;
+      for (int64_t i = 0; i < share; i += 16) prefetch(w.scales, (n + TILE_COLUMNS) * w.groups + c * share + i);
       look_up(w, lut, n, last, c, bytes, tile);
       look_up(w, lut, n + W, last, c, bytes, tile + W);
       const uint32_t* x = (const uint32_t*)packed.data + c * packed.m * STEPS;
@@ -265,22 +273,10 @@ void product(const Codes& w, const PackedRows& packed, int64_t begin, int64_t en
     return;
   }
   Lut lut(w.table);
-  switch (packed.m) {
-    case 1:
-      few_rows<1>(w, lut, packed.data, begin, end, out, out_stride);
-      break;
-    case 2:
-      few_rows<2>(w, lut, packed.data, begin, end, out, out_stride);
-      break;
-    case 3:
-      few_rows<3>(w, lut, packed.data, begin, end, out, out_stride);
-      break;
-    case 4:
-      few_rows<4>(w, lut, packed.data, begin, end, out, out_stride);
-      break;
-    default:
-      many_rows(w, lut, packed, begin, end, out, out_stride, scratch);
-  }
+  if (packed.m <= FEW)
+    few_rows<FEW>(packed.m, w, lut, packed.data, begin, end, out, out_stride);
+  else
+    many_rows(w, lut, packed, begin, end, out, out_stride, scratch);
   if (!w.offsets) return;
   char* rest = (char*)scratch;
   Rows sums{packed.sums, DType::f32, w.groups, nullptr, 1};
