@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..reference.low_rank import rows_of
+from ._low_rank import lora_expand_
 
 PANEL = 1 << 21  # numbers
 
@@ -65,7 +66,7 @@ def quantized_linear(
             part[:, K:] = beside[n : n + width]
         torch.mm(rows, part.T, out=flat[:, n : n + width])
     if v is not None and not one:
-        torch.ops.lora_kernels.lora_expand_(y, *adapters)
+        lora_expand_.overload(y, *adapters)
     return y
 
 
