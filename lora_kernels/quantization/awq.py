@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.quantized import pack_codes
+from ..reference.quantized import pack_codes, unpack_codes
 from .fields import FLOATS, expect, finite, shape
-from .packing import WORD, of_words, unpacked, words_of
+from .packing import WORD, of_words, words_of
 from .tables import INT4
 from .weight import QuantizedWeight
 
@@ -31,7 +31,7 @@ class Awq:
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """qweight, qzeros and scales."""
-        c = unpacked(weight.codes, weight.shape[1]).T
+        c = unpack_codes(weight.codes, weight.shape[1]).T
         return {"qweight": words_of(_turned(c, ORDER)), "qzeros": self.qzeros, "scales": self.scales}
 
     def to(self, device: torch.device) -> Awq:

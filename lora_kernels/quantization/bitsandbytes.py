@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ..ops import _check
-from ..reference.quantized import pack_codes
+from ..reference.quantized import pack_codes, unpack_codes
 from .fields import FLOATS, expect, finite, only, shape
-from .packing import unpacked
 from .tables import FP4, NF4
 from .weight import QuantizedWeight
 
@@ -44,7 +43,7 @@ class Blocks:
         N, K = weight.shape
         data = weight.codes.reshape(1, -1)
         if K % 2:
-            flat = unpacked(weight.codes, K).reshape(1, -1)
+            flat = unpack_codes(weight.codes, K).reshape(1, -1)
             if N % 2:
                 flat = torch.cat((flat, flat.new_full((1, 1), self.tail)), dim=1)
             data = pack_codes(flat)
@@ -152,7 +151,7 @@ def blocks(tensors: Mapping[str, Tensor], prefix: str = "") -> QuantizedWeight:
         data.dtype, data.shape, int(flat[-1]) & 15 if N * K % 2 and not flat.is_meta else 0,
         {name: tensors[name] for name in names[2 if plain else 1 :]}, key,
     )  # fmt: skip
-    codes = pack_codes(unpacked(flat[None], N * K).view(N, K)) if K % 2 else flat.view(N, K // 2)
+    codes = pack_codes(unpack_codes(flat[None], N * K).view(N, K)) if K % 2 else flat.view(N, K // 2)
     g, scales = math.gcd(K, blocksize), absmax.float()
     if g != blocksize:  # a row ends within a block
         first = torch.arange(N * K // g, device=scales.device) * g

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.quantized import pack_codes
+from ..reference.quantized import pack_codes, unpack_codes
 from .fields import FLOATS, expect, finite, shape
-from .packing import WORD, of_words, unpacked, words_of
+from .packing import WORD, of_words, words_of
 from .tables import INT4
 from .weight import QuantizedWeight
 
@@ -35,7 +35,7 @@ class Gptq:
 
     def tensors(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         """qweight, qzeros, scales and g_idx."""
-        c = unpacked(weight.codes, weight.shape[1])
+        c = unpack_codes(weight.codes, weight.shape[1])
         if weight.order is not None:
             c = torch.empty_like(c).index_copy_(1, weight.order, c)
         of = {} if self.g_idx is None else {"g_idx": self.g_idx}

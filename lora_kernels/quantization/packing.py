@@ -1,4 +1,4 @@
-"""Codes of 4 bits in bytes and in the words of other formats."""
+"""Codes of 4 bits in the words of other formats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from torch import Tensor
 
 #: How many 4-bit codes a word of 32 bits holds.
 WORD = 8
-
-
-def unpacked(codes: Tensor, columns: int) -> Tensor:
-    """``codes`` uint8 [N, ceil(columns / 2)] as numbers from 0 to 15, uint8 [N, columns]."""
-    return torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, :columns]
 
 
 def words_of(c: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ from .low_rank import accumulate_dtype, lora_expand_
 
 
 def unpack_codes(codes: Tensor, columns: int) -> Tensor:
-    """The codes c as int64 ``[N, columns]``."""
+    """The codes c one by one, ``[N, columns]``, in the dtype they are in."""
     if codes.dtype == torch.int8:
-        return codes[:, :columns].long()
-    return torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, :columns].long()
+        return codes[:, :columns]
+    return torch.stack((codes >> 4, codes & 15), dim=-1).flatten(1)[:, :columns]
 
 
 def pack_codes(c: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def dequantized(
 ) -> Tensor:  # fmt: skip
     """W as ``[N, columns]``, rounded once to ``dtype``."""
     c = unpack_codes(codes, columns)
-    value = c.float() if table is None else table[c]
+    value = c.float() if table is None else table[c.long()]
     at = torch.arange(columns, device=codes.device) // group
     value = value * scales[:, at]
     if offsets is not None:
