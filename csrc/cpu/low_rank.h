@@ -61,6 +61,7 @@ struct Columns {
 };
 
 struct QuantizedKernels;
+struct TransformKernels;
 
 // Kernels. m rows; x, y, v, u, w as the ops name them; scratch is 64-byte aligned and the thread's own.
 struct LowRankKernels {
@@ -95,6 +96,7 @@ struct LowRankKernels {
   void (*linear)(const Rows& x, int m, const Factor& W, int64_t K, const void* bias, const Rows& y, int64_t begin,
                  int64_t end, void* scratch);
   const QuantizedKernels* quantized;
+  const TransformKernels* transforms;
 };
 
 // The kernels of the best instruction set this machine has, or of the one set_isa named.

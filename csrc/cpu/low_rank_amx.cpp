@@ -26,9 +26,13 @@
 #include "low_rank_amx_shrink.h"
 #include "quantized_dot_avx512bf16.h"
 
+namespace lora_kernels::avx512 {
+extern const TransformKernels transforms;
+}
 namespace lora_kernels::amx {
-extern const LowRankKernels low_rank{"amx",   shrink,       expand,    expand_kept, outer_vectors,  drop,
-                                     combine, column_grads, transpose, linear,      &quantized_dots};
+extern const LowRankKernels low_rank{"amx",         shrink, expand,          expand_kept,
+                                     outer_vectors, drop,   combine,         column_grads,
+                                     transpose,     linear, &quantized_dots, &avx512::transforms};
 }  // namespace lora_kernels::amx
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -15,9 +15,11 @@
 #include "quantized_kernels.h"
 
 namespace lora_kernels::avx2 {
-extern const LowRankKernels low_rank{"avx2",  shrink_vectors, expand_vectors, expand_kept, outer_vectors,     drop,
-                                     combine, column_grads,   transpose,      nullptr,     &quantized_vectors};
-}
+extern const TransformKernels transforms;
+extern const LowRankKernels low_rank{
+    "avx2",  shrink_vectors, expand_vectors, expand_kept, outer_vectors,      drop,
+    combine, column_grads,   transpose,      nullptr,     &quantized_vectors, &avx2::transforms};
+}  // namespace lora_kernels::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

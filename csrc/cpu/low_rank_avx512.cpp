@@ -16,9 +16,11 @@
 #include "quantized_kernels.h"
 
 namespace lora_kernels::avx512 {
-extern const LowRankKernels low_rank{"avx512", shrink_vectors, expand_vectors, expand_kept, outer_vectors,     drop,
-                                     combine,  column_grads,   transpose,      nullptr,     &quantized_vectors};
-}
+extern const TransformKernels transforms;
+extern const LowRankKernels low_rank{
+    "avx512", shrink_vectors, expand_vectors, expand_kept, outer_vectors,      drop,
+    combine,  column_grads,   transpose,      nullptr,     &quantized_vectors, &avx512::transforms};
+}  // namespace lora_kernels::avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -16,9 +16,13 @@
 #include "lora_linear_kernels.h"
 #include "quantized_dot_avx512bf16.h"
 
+namespace lora_kernels::avx512 {
+extern const TransformKernels transforms;
+}
 namespace lora_kernels::avx512bf16 {
-extern const LowRankKernels low_rank{"avx512bf16", shrink_vectors, expand_vectors, expand_kept, outer_vectors,  drop,
-                                     combine,      column_grads,   transpose,      nullptr,     &quantized_dots};
+extern const LowRankKernels low_rank{"avx512bf16",  shrink_vectors, expand_vectors,  expand_kept,
+                                     outer_vectors, drop,           combine,         column_grads,
+                                     transpose,     nullptr,        &quantized_dots, &avx512::transforms};
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -5,6 +5,8 @@
 #include "quantized_kernels.h"
 
 namespace lora_kernels::portable {
-extern const LowRankKernels low_rank{"portable", shrink_vectors, expand_vectors, expand_kept, outer_vectors,     drop,
-                                     combine,    column_grads,   transpose,      nullptr,     &quantized_vectors};
-}
+extern const TransformKernels transforms;
+extern const LowRankKernels low_rank{
+    "portable", shrink_vectors, expand_vectors, expand_kept, outer_vectors,      drop,
+    combine,    column_grads,   transpose,      nullptr,     &quantized_vectors, &portable::transforms};
+}  // namespace lora_kernels::portable

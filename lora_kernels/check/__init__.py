@@ -26,9 +26,16 @@ from .calls import Call
 from .lora_linear import LORA_LINEAR
 from .low_rank import LOW_RANK
 from .quantized import QUANTIZED
+from .spectral import SPECTRAL
 from .transforms import TRANSFORMS
 
-FAMILIES = {"low_rank": LOW_RANK, "lora_linear": LORA_LINEAR, "quantized": QUANTIZED, "transforms": TRANSFORMS}
+FAMILIES = {
+    "low_rank": LOW_RANK,
+    "lora_linear": LORA_LINEAR,
+    "quantized": QUANTIZED,
+    "transforms": TRANSFORMS,
+    "spectral": SPECTRAL,
+}
 
 
 class Target(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -9,33 +10,58 @@ from torch import Tensor
 
 import lora_kernels as lk
 
-from ..testing import TRANSFORM_DTYPES, Sample, wht_noise, wht_oracle, wht_plain, wht_samples
+from ..testing import (
+    TRANSFORM_DTYPES,
+    TRANSFORM_FUNCTIONS,
+    Sample,
+    transform_noise,
+    transform_oracle,
+    transform_plain,
+    transform_samples,
+    transform_upstream,
+)
 from .calls import Call, Family, Want
 
 
 def _samples(dtypes: str, full: bool) -> list[Sample]:
-    return [s for s in wht_samples(TRANSFORM_DTYPES[dtypes]) if not s.traits & {"odd"} and (full or not s.traits)]
+    return [
+        Sample(f"{function} {s.name}", functools.partial(_make, function, s), s.traits)
+        for function in TRANSFORM_FUNCTIONS
+        for s in transform_samples(function, TRANSFORM_DTYPES[dtypes])
+        if "odd" not in s.traits and (full or not s.traits)
+    ]
+
+
+def _make(function: str, sample: Sample, seed: int) -> dict:
+    return {"function": function, **sample.make(seed)}
 
 
 def _calls(sample: Sample) -> Iterator[Call]:
     a = sample.make(0)
-    x = a.pop("x")
-    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-    back = {**a, "transpose": not a["transpose"]}
+    x, function = a.pop("x"), a.pop("function")
+    dy, call = transform_upstream(x), getattr(lk, function)
 
     def forward(device: str) -> dict[str, Tensor]:
-        return {"y": lk.wht(x.to(device), **a)}
+        return {"y": call(x.to(device), **a)}
 
     def backward(device: str) -> dict[str, Tensor]:
         leaf = x.to(device).detach().requires_grad_()
         with torch.enable_grad():
-            y = lk.wht(leaf, **a)
+            y = call(leaf, **a)
         return {"dx": torch.autograd.grad(y, leaf, dy.to(device))[0]}
 
-    yield Call("wht", forward, {"y": Want(wht_oracle(x, **a), wht_plain(x, **a), wht_noise(x, **a))})
-    yield Call(
-        "wht backward", backward, {"dx": Want(wht_oracle(dy, **back), wht_plain(dy, **back), wht_noise(dy, **a))}
-    )
+    yield Call(function, forward, {"y": _want(function, x, a, False)})
+    yield Call(f"{function} backward", backward, {"dx": _want(function, dy, a, True)})
 
 
-TRANSFORMS = Family(tuple(TRANSFORM_DTYPES), ("wht", "wht backward"), _samples, _calls)
+def _want(function: str, x: Tensor, a: dict, adjoint: bool) -> Want:
+    oracle, plain = (make(function, x, adjoint=adjoint, **a) for make in (transform_oracle, transform_plain))
+    return Want(oracle, plain, transform_noise(function, x, **a))
+
+
+TRANSFORMS = Family(
+    tuple(TRANSFORM_DTYPES),
+    tuple(f"{function}{part}" for function in TRANSFORM_FUNCTIONS for part in ("", " backward")),
+    _samples,
+    _calls,
+)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..reference import transforms as reference
 from ._dispatch import Op, gpu, one_device
@@ -41,4 +45,41 @@ def _hadamard_refusal(x, signs, orders, scale, transpose) -> str | None:
     return None
 
 
-hadamard = Op(reference.hadamard, fake=_fake_hadamard, flops=_flops_of_hadamard, cuda_refuses=_hadamard_refusal)
+def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The extension's kernel of the same name; the reference for fp64, which it has not."""
+    name = reference.__name__
+
+    @functools.wraps(reference)
+    def cpu(x: Tensor, *rest: Any) -> Any:
+        if x.dtype == torch.float64:
+            return reference(x, *rest)
+        return getattr(torch.ops.lora_kernels_C, name)(x, *rest)
+
+    return cpu
+
+
+def _fake(x, *rest):
+    return x.new_empty(x.shape)
+
+
+def _flops_of_trigonometric(x, form, first, rest, transpose, *, out_val=None):
+    """A real fast Fourier transform's, as they are counted for a power of two."""
+    return int(2.5 * x.numel() * math.log2(max(x.shape[-1], 2)))
+
+
+hadamard = Op(
+    reference.hadamard,
+    fake=_fake_hadamard,
+    cpu=compiled(reference.hadamard),
+    flops=_flops_of_hadamard,
+    cuda_refuses=_hadamard_refusal,
+)
+trigonometric = Op(
+    reference.trigonometric, fake=_fake, cpu=compiled(reference.trigonometric), flops=_flops_of_trigonometric
+)
+haar = Op(
+    reference.haar,
+    fake=_fake,
+    cpu=compiled(reference.haar),
+    flops=lambda x, levels, transpose, *, out_val=None: 2 * x.numel() * min(levels, 2),
+)

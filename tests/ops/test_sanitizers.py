@@ -85,6 +85,8 @@ def run(instrumented, tmp_path, *arguments):
 NAMES = (
     "low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers", "lora_linear",
     "lora_linear_training", "lora_linear_bad_input", "quantized_forward", "quantized_backward", "quantized_bad_input",
+    "transforms_kernels", "trigonometric",
+    "spectral_forward", "spectral_backward", "spectral_bad_input", "spectral_plan",
 )  # fmt: skip
 FILES = [HERE / f"test_{name}.py" for name in NAMES]
 
@@ -93,9 +95,11 @@ def test_samples(instrumented, tmp_path):
     """Every sample forward and backward in each instruction set, and with threads; masks; bad input; plans; layers."""
     threaded = "low_rank_forward and two_threads and not fp16 and not y32"
     training = "test_lora_linear_training and (two_threads or mask or sizes or shapes) and not reference"
+    transforms = "many_rows or (number_of_rows and bf16) or read_as_it_lies or every_base"
     keep = (
         "every_instruction_set or unforced or (test_plan and cpu) or test_layers or test_lora_linear.py "
-        f"or compiled_kernels or ({training}) or ({threaded})"
+        f"or compiled_kernels or ({training}) or ({threaded}) "
+        f"or (test_transforms_kernels and ({transforms})) or (test_trigonometric and bad_input)"
     )
     assert run(instrumented, tmp_path, *FILES, "-k", keep) > 400
 
