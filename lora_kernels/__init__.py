@@ -8,7 +8,8 @@
     lk.lora_linear(x, weight, A, B, scaling=2.0)           # a frozen linear layer with one adapter
     qw = lk.quantize(weight, "nf4")                        # or QuantizedWeight.from_bitsandbytes(param), ...
     lk.quantized_lora_linear(x, qw, A, B, scaling=2.0)     # a 4-bit base with its adapter in the same sum
-    lk.wht(x)                                              # the Walsh-Hadamard transform of each row
+    lk.wht(x), lk.dct(x), lk.dht(x), lk.haar(x)            # transforms of each row, of any length
+    lk.spectral_linear(x, values, plan, kind="fourier")    # an adapter that is a sparse spectrum, without its weight
 
 Names are imported when first used; importing the package has no side effects.
 """
@@ -26,19 +27,22 @@ _HOME = {
     "ops.quantized": ("dequantize", "quantized_linear", "quantized_lora_linear", "quantized_multi_lora_linear"),
     "quantization": ("QuantizedWeight", "quantize"),
     "quantization.merge": ("merge_requant",),
-    "ops.transforms": ("wht",),
+    "ops.transforms": ("wht", "dct", "idct", "dht", "haar", "ihaar"),
+    "ops.spectral": ("spectral_linear", "spectral_delta_weight", "spectral_location_grad", "bgmv_spectral"),
+    "ops.structured": ("householder_linear", "block_rotate"),
+    "spectral_plan": ("SpectralPlan",),
     "ops._dispatch": ("backend",),
     "plan": ("BatchPlan",),
     "integrations.peft": ("patch",),
     "_info": ("info",),
 }  # fmt: skip
-_MODULES = ("nn", "reference", "testing", "demo")
+_MODULES = ("nn", "init", "reference", "testing", "demo")
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = ["__version__", "nn", *_WHERE]
+__all__ = ["__version__", "nn", "init", *_WHERE]
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import init, nn
     from ._info import info
     from .integrations.peft import patch
     from .ops._dispatch import backend
@@ -53,10 +57,13 @@ if TYPE_CHECKING:
         sgmv_shrink,
     )
     from .ops.quantized import dequantize, quantized_linear, quantized_lora_linear, quantized_multi_lora_linear
-    from .ops.transforms import wht
+    from .ops.spectral import bgmv_spectral, spectral_delta_weight, spectral_linear, spectral_location_grad
+    from .ops.structured import block_rotate, householder_linear
+    from .ops.transforms import dct, dht, haar, idct, ihaar, wht
     from .plan import BatchPlan
     from .quantization import QuantizedWeight, quantize
     from .quantization.merge import merge_requant
+    from .spectral_plan import SpectralPlan
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -406,3 +407,237 @@ def _split(rows: int, length: int, block: int, programs: int, gpu: Gpu) -> tuple
 def _power_of_2(n: int) -> int:
     """The smallest power of two that is at least ``n``."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def spectral_route(rows: int, n: int, shape: tuple[int, int], kind: str, device: str) -> str:
+    """Whether x ΔWᵀ goes by transformed rows of x (``activation``) or by ΔW itself (``weight``).
+
+    A coefficient takes one multiply-add a row of x in place of ΔW's N K / n, each as slow as ``slower`` of them in a
+    dense product; ΔW is built once for all rows.
+    """
+    N, K = shape
+    slower = 4 if device == "cpu" else 240
+    return "weight" if n * slower > N * K and rows * n > 4 * N * K else "activation"
+
+
+@dataclass(frozen=True)
+class HadamardStage:
+    """Some of a Hadamard matrix's factors, which one kernel multiplies rows with.
+
+    Bases of ``orders`` and Sylvester's matrix of ``power`` are one dense matrix, from the left; Sylvester's of order
+    ``right``, the last factor of all, comes from the right; 1 = none.
+    """
+
+    orders: tuple[int, ...]
+    power: int
+    right: int
+
+
+def hadamard_stages(orders: tuple[int, ...], power: int) -> tuple[HadamardStage, ...]:
+    """Of H₁ ⊗ H₂ ⊗ ... ⊗ H_{power}: one, or more where a dense matrix were larger than 512."""
+    bases = math.prod(orders)
+    right = min((1, 16, 32, 64), key=lambda q: (power % q, bases * power // q + 2 * q, -q))
+    factors: list[tuple[tuple[int, ...], int]] = [((order,), 1) for order in orders]
+    exponent = (power // right).bit_length() - 1
+    while exponent:
+        part = -(-exponent // -(-exponent // 8))
+        factors.append(((), 1 << part))
+        exponent -= part
+    stages, size = [HadamardStage((), 1, right)], 1
+    for order, factor in reversed(factors):
+        size *= math.prod(order) * factor
+        first = stages[0]
+        if size > 512 and (first.orders or first.power > 1):
+            size = math.prod(order) * factor
+            stages.insert(0, HadamardStage(order, factor, 1))
+        else:
+            stages[0] = HadamardStage(order + first.orders, factor * first.power, first.right)
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class HadamardTiles:
+    """How a stage cuts its work.
+
+    A program has ``block_i`` rows of its dense matrix, ``block_j`` columns at a time, and ``block_q`` numbers after
+    each of those that the matrix sums, of ``block_m`` rows.
+    """
+
+    block_i: int
+    block_j: int
+    block_m: int
+    block_q: int
+    num_warps: int
+    num_stages: int
+
+
+def hadamard_tiles(L: int, Q: int, right: int, x: torch.dtype, y: torch.dtype, gpu: Gpu) -> HadamardTiles:
+    """For rows of ``L Q`` numbers, a dense matrix of order ``L`` and ``right``, a stage's, from x to y."""
+    half = torch.float32 not in (x, y)
+    block_i = min(max(_power_of_2(L), 16), 128 if half and -L % 128 < 64 and right > 1 else 64)
+    block_q = right if right > 1 else 1 if Q == 1 else min(max(_power_of_2(Q), 16), 128)
+    block_j = min(max(_power_of_2(L), 16), 32)
+    stage = block_j * (2 * block_i + x.itemsize * 128)
+    return HadamardTiles(
+        block_i=block_i,
+        block_j=block_j,
+        block_m=128 // block_q,
+        block_q=block_q,
+        num_warps=8 if block_i > (64 if half else 32) else 4,
+        num_stages=min(3, max((gpu.shared - 2 * right * right) // stage // 2, 1)),
+    )
+
+
+@dataclass(frozen=True)
+class TrigonometricTiles:
+    """How a trigonometric transform of N1 · ``N2`` numbers cuts its work.
+
+    A program has ``block_m`` rows, ``block_i`` of the first product's frequencies at a time, and ``block_j`` of the
+    rows' N1. ``gather``: the first product's cosines are too many to be kept, and found in a list of N1.
+    """
+
+    N2: int
+    gather: bool
+    block_m: int
+    block_i: int
+    block_j: int
+    block_q: int
+    num_warps: int
+    num_stages: int
+
+
+def trigonometric_tiles(N: int, x: torch.dtype, transpose: bool, gpu: Gpu) -> TrigonometricTiles:
+    """For rows of ``N``, in the two factors that take the fewest multiply-adds."""
+    half, hopper = x != torch.float32, gpu.capability[0] == 9
+    # More takes too many registers, or on Blackwell tensor memory.
+    most = 64 if half and gpu.capability >= (9, 0) else 32
+    tallest = 64 if half and hopper and not transpose else 32 if half or not transpose else 16
+    divisors = [n for n in range(1, min(most, N) + 1) if N % n == 0]
+    N2 = min(divisors, key=lambda n: (_multiply_adds(N // n, n, tallest), n))
+    N1, block_q = N // N2, _block_q(N2)
+    block_i = _block_i(N1, tallest)
+    block_m = 64 if N2 == 1 else max((32 if transpose else 64) // max(block_i, block_q), 1)
+    area = 8192 if half and hopper else 4096
+    return TrigonometricTiles(
+        N2=N2,
+        gather=N1 > 1024,
+        block_m=block_m,
+        block_i=block_i,
+        block_j=min(max(_power_of_2(N1), 16), area // (block_m * block_q) if transpose else 32),
+        block_q=block_q,
+        num_warps=8 if transpose or block_q in (1, 64) or not half else 4,
+        num_stages=1 if gpu.amd or transpose else 2,
+    )
+
+
+def _multiply_adds(N1: int, N2: int, tallest: int) -> int:
+    """Of the two products for a row of N1 · N2, in whole blocks."""
+    block_q, block_i = _block_q(N2), _block_i(N1, tallest)
+    return -(-(N1 // 2 + 1) // block_i) * block_i * block_q * (2 * N1 + (4 * block_q if N2 > 1 else 0))
+
+
+def _block_q(N2: int) -> int:
+    return 1 if N2 == 1 else max(_power_of_2(N2), 16)
+
+
+def _block_i(N1: int, tallest: int) -> int:
+    """Of 16, 32 and 64 what takes the least time for N1 / 2 + 1 rows, where each block costs eight more."""
+    sizes = [block for block in (64, 32, 16) if block <= tallest]
+    return min(sizes, key=lambda block: -(-(N1 // 2 + 1) // block) * (block + 8))
+
+
+@dataclass(frozen=True)
+class HaarTiles:
+    """``levels`` of a Haar transform from ``level`` on in a kernel: ``block_m`` rows of ``block`` numbers a program."""
+
+    level: int
+    levels: int
+    block_m: int
+    block: int
+    num_warps: int
+
+
+def haar_tiles(N: int, levels: int) -> tuple[HaarTiles, ...]:
+    """For ``levels`` levels of rows of ``N``: one for each eleven of them."""
+    tiles = []
+    for level in range(0, levels, 11):
+        here = min(levels - level, 11)
+        block = max(min(_power_of_2(-(-N >> level)), 1024), 1 << here)
+        tiles.append(HaarTiles(level, here, max(2048 // block, 1), block, 4))
+    return tuple(tiles)
+
+
+@dataclass(frozen=True)
+class SpectralTiles:
+    """How the Triton product with a sparse spectrum S cuts its work.
+
+    A program takes ``block_m`` rows of x and ``block_r`` of S, ``block_e`` entries of each at a time. ``blocked``: of a
+    copy of x that has ``block_m`` rows side by side.
+    """
+
+    block_m: int
+    blocked: bool
+    block_r: int
+    block_e: int
+    num_warps: int
+
+
+def spectral_tiles(rows: int, length: int, entries: int, features: int) -> SpectralTiles:
+    """For ``rows`` rows of ``features`` numbers and ``length`` rows of S, which have ``entries`` entries.
+
+    ``features``: the most, where several products read rows of x and y in one layout.
+    """
+    block_m, blocked = _spectral_rows(rows, entries, features)
+    dense = entries >= 4 * length
+    return SpectralTiles(
+        block_m=block_m,
+        blocked=blocked,
+        block_r=(16 if block_m == 32 else 8) if dense else 128 if block_m == 1 else 64,
+        block_e=256 // max(block_m, 8) if dense else 1,
+        num_warps=4,
+    )
+
+
+@dataclass(frozen=True)
+class SpectralDotTiles:
+    """How the Triton gradients of a sparse spectrum's entries cut their work.
+
+    A program takes ``block_e`` entries and ``steps`` blocks of ``block_m`` rows, one of ``chunks`` parts of all rows.
+    """
+
+    block_m: int
+    blocked: bool
+    block_e: int
+    chunks: int
+    steps: int
+    num_warps: int
+
+
+def spectral_dot_tiles(rows: int, entries: int, features: int, gpu: Gpu) -> SpectralDotTiles:
+    """For ``rows`` rows in the layout that :func:`spectral_tiles` says; parts of four blocks or more.
+
+    Programs wait for memory most of the time, so a GPU holds several times those that would keep it busy otherwise.
+    """
+    block_m, blocked = _spectral_rows(rows, entries, features)
+    block_e = 256 if block_m == 1 else 64
+    blocks = -(-rows // block_m)
+    chunks = max(min(4 * gpu.programs // -(-entries // block_e), blocks // 4), 1)
+    steps = -(-blocks // chunks)
+    return SpectralDotTiles(
+        block_m=block_m,
+        blocked=blocked,
+        block_e=block_e,
+        chunks=-(-blocks // steps),
+        steps=steps,
+        num_warps=4,
+    )
+
+
+def _spectral_rows(rows: int, entries: int, features: int) -> tuple[int, bool]:
+    """(how many rows a program takes at a time, whether of a copy with their numbers side by side).
+
+    By itself a number that an entry reads takes 32 bytes of the cache's bandwidth, among its like 4; the copy takes
+    some 16 of it for each number of the rows, and the start of a kernel.
+    """
+    blocked = rows > 1 and rows * (2 * entries - features) > 1 << 20
+    return (1 if rows == 1 else 16 if rows <= 16 or not blocked else 32), blocked

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from lora_kernels.select import (
     expand_grad_tiles,
     expand_tiles,
     gradient_rows,
+    haar_tiles,
+    hadamard_stages,
+    hadamard_tiles,
     in_grad_tiles,
     makes_v_again,
     outer_tiles,
@@ -23,6 +27,10 @@ from lora_kernels.select import (
     quantized_tiles,
     runs_on,
     shrink_tiles,
+    spectral_dot_tiles,
+    spectral_route,
+    spectral_tiles,
+    trigonometric_tiles,
 )
 
 EVERY = frozenset(BACKENDS)
@@ -259,3 +267,145 @@ def test_more_programs_take_shorter_turns():
         for pairs, programs in ((512, 512), (8192, 512), (8192, 4096))
     ]
     assert groups == [2, 8, 4]
+
+
+SHAPES = ((1, 1), (64, 40), (4096, 4096), (14336, 4096))
+KINDS = ("fourier", "dct", "hartley", "identity", "wht", "haar")
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_coefficients_go_by_the_rows_of_x(kind, device):
+    """FourierFT's, LoCA's and WaveFT's, at any number of rows; and any of them at few rows."""
+    for N, K in SHAPES[2:]:
+        assert {spectral_route(rows, 10_000, (N, K), kind, device) for rows in SIZES} == {"activation"}
+        assert spectral_route(4, N * K, (N, K), kind, device) == "activation"
+
+
+@pytest.mark.parametrize("device", ("cpu", "cuda"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weight_is_built_where_it_is_dense_and_rows_are_many(kind, device):
+    for N, K in SHAPES:
+        assert spectral_route(100_000, N * K, (N, K), kind, device) == "weight"
+        routes = [spectral_route(rows, N * K, (N, K), kind, device) for rows in (0, 1, *SIZES)]
+        assert routes == sorted(routes), "once the weight is the faster way, more rows do not change that"
+        routes = [spectral_route(8192, N * K // part, (N, K), kind, device) for part in (10_000, 1000, 100, 10, 1)]
+        assert routes == sorted(routes), "nor do more coefficients"
+
+
+def test_a_gpu_multiplies_densely_at_fewer_coefficients():
+    """QWHA's 3 %."""
+    n = 64 * (4096 + 4096)
+    assert spectral_route(8192, n, (4096, 4096), "wht", "cuda") == "weight"
+    assert spectral_route(16, n, (4096, 4096), "wht", "cuda") == "activation"
+    assert spectral_route(8192, n, (4096, 4096), "wht", "cpu") == "activation"
+
+
+def test_nothing_goes_by_the_rows_of_x():
+    for rows, n, shape in ((0, 5, (8, 8)), (7, 0, (8, 8)), (7, 0, (0, 8)), (7, 0, (8, 0)), (0, 0, (0, 0))):
+        assert spectral_route(rows, n, shape, "dct", "cpu") == "activation"
+
+
+def are_powers_of_two(*numbers):
+    return all(n > 0 and n & (n - 1) == 0 for n in numbers)
+
+
+ROWS = (1, 2, 8, 12, 48, 96, 137, 352, 896, 1000, 1344, 4096, 5120, 8191, 11008, 13696, 14336, 29568, 1 << 17, 1 << 22)
+
+
+def test_the_stages_of_a_hadamard_matrix_are_all_of_its_factors():
+    for orders, power in (((), 1), ((), 4096), ((), 1 << 22), ((28,), 512), ((172,), 64), ((12, 28, 44), 2),
+                          ((2, 20), 128), ((428,), 32), ((1948,), 8), ((12, 12, 12), 1)):  # fmt: skip
+        stages = hadamard_stages(orders, power)
+        assert sum((stage.orders for stage in stages), ()) == orders
+        assert math.prod(stage.power * stage.right for stage in stages) == power
+        assert all(stage.right == 1 for stage in stages[:-1])
+        assert all(are_powers_of_two(stage.power, stage.right) for stage in stages)
+        for stage in stages:
+            assert math.prod(stage.orders) * stage.power <= max((512, *orders))
+
+
+def test_a_hadamard_matrix_of_a_model_is_one_stage():
+    for orders, power in (((), 4096), ((12,), 256), ((2, 20), 128), ((28,), 512), ((172,), 64), ((28,), 1024)):
+        assert len(hadamard_stages(orders, power)) == 1
+
+
+def test_hadamard_tiles_are_whole_blocks_that_fit():
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for L, (Q, right), x, gpu in itertools.product(
+        (1, 12, 64, 112, 172, 428), ((1, 1), (88, 1), (64, 64)), dtypes, GPUS
+    ):
+        t = hadamard_tiles(L, Q, right, x, x, gpu)
+        assert are_powers_of_two(t.block_i, t.block_j, t.block_m, t.block_q)
+        assert min(t.block_i, t.block_j, t.block_m * t.block_q) >= 16  # what tl.dot takes
+        assert right == 1 or t.block_q == right
+        assert t.num_stages * t.block_j * (2 * t.block_i + x.itemsize * 128) + 2 * right * right <= gpu.shared
+
+
+def test_trigonometric_tiles_take_few_multiply_adds():
+    for N, x, transpose, gpu in itertools.product(ROWS, (torch.float32, torch.bfloat16), (False, True), GPUS):
+        t = trigonometric_tiles(N, x, transpose, gpu)
+        assert N % t.N2 == 0
+        assert are_powers_of_two(t.block_m, t.block_i, t.block_j, t.block_q)
+        assert t.block_q >= t.N2
+        assert t.block_q == 1 if t.N2 == 1 else t.block_q >= 16
+        assert min(t.block_i, t.block_j, t.block_m * t.block_q) >= 16
+        assert t.gather == (N // t.N2 > 1024)
+        if N % 64 == 0 and N > 1000:
+            assert t.N2 in (16, 32, 64)
+
+
+def test_haar_tiles_have_every_level_once():
+    for N, levels in ((1, 1), (2, 1), (1000, 10), (4096, 1), (4096, 12), (1 << 20, 20), (8191, 13), (3, 30)):
+        tiles = haar_tiles(N, levels)
+        assert [t.level for t in tiles] == list(itertools.accumulate((t.levels for t in tiles[:-1]), initial=0))
+        assert sum(t.levels for t in tiles) == levels
+        for t in tiles:
+            assert are_powers_of_two(t.block_m, t.block)
+            assert t.block >= 1 << t.levels
+    assert len(haar_tiles(14336, 11)) == 1
+
+
+ENTRIES = (1, 40, 1000, 16384, 524288)
+
+
+def test_the_tiles_of_a_spectrum_are_of_one_layout():
+    for rows, entries, features, gpu in itertools.product((*SIZES, 2, 512), ENTRIES, (1, 896, 14336), GPUS):
+        dot = spectral_dot_tiles(rows, entries, features, gpu)
+        for length in (1, 896, 14336):
+            t = spectral_tiles(rows, length, entries, features)
+            assert (t.block_m, t.blocked) == (dot.block_m, dot.blocked)
+            assert rows > 1 or (t.block_m, t.blocked) == (1, False)
+            assert not any(n & (n - 1) for n in (t.block_m, t.block_r, t.block_e, dot.block_e))
+            assert 128 <= t.block_m * t.block_r * t.block_e <= 4096, "a number a thread, and no more than registers"
+        assert dot.block_m * dot.block_e <= 2048
+        blocks = -(-rows // dot.block_m)
+        assert (dot.chunks - 1) * dot.steps < blocks <= dot.chunks * dot.steps
+        assert dot.chunks == 1 or dot.steps >= 4
+
+
+def test_numbers_stand_side_by_side_where_entries_are_many():
+    def blocked(rows, entries):
+        return spectral_tiles(rows, 4096, entries, 4096).blocked
+
+    assert [blocked(8192, n) for n in (100, 1000, 2048, 4096, 524288)] == [False, False, False, True, True]
+    assert [blocked(rows, 524288) for rows in (1, 2, 16)] == [False, True, True]
+    assert [blocked(rows, 10000) for rows in (1, 16, 64, 512)] == [False, False, False, True]
+
+
+def test_the_entries_of_a_row_are_shared_where_they_are_many():
+    sizes = [(spectral_tiles(rows, 4096, 524288, 4096)) for rows in (1, 16, 8192)]
+    assert [(t.block_m, t.block_r, t.block_e) for t in sizes] == [(1, 8, 32), (16, 8, 16), (32, 16, 8)]
+    assert all(spectral_tiles(rows, 4096, 1000, 4096).block_e == 1 for rows in (1, 16, 8192))
+
+
+def test_a_gradient_of_few_entries_is_summed_in_parts():
+    chunks = [spectral_dot_tiles(8192, n, 4096, GPUS[2]).chunks for n in (1000, 10000, 524288)]
+    assert chunks == [128, 13, 1]
+    assert spectral_dot_tiles(64, 1000, 4096, GPUS[2]).chunks == 1
+
+
+@pytest.mark.parametrize("n, rows, route", ((1000, 1 << 20, "activation"), (65536, 1 << 20, "activation"),
+    (524288, 16, "activation"), (524288, 8192, "weight")))  # fmt: skip
+def test_few_coefficients_or_rows_go_without_the_weight_on_a_gpu(n, rows, route):
+    assert spectral_route(rows, n, (4096, 4096), "wht", "cuda") == route
