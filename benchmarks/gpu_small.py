@@ -45,4 +45,8 @@ for dtype in (torch.bfloat16, torch.float32):
         for transpose in (False, True):
             lk.wht(torch.randn(5, length + 1, device="cuda", dtype=dtype)[:, 1:], transpose=transpose)
             lk.wht(torch.randn(3, length, device="cuda", dtype=dtype), transpose=transpose)
+    for length in (7, 96, 344, 1069, 5376):
+        for function in (lk.dct, lk.idct, lk.dht, lk.haar, lk.ihaar):
+            function(torch.randn(5, length + 1, device="cuda", dtype=dtype)[:, 1:])
+            function(torch.randn(3, length, device="cuda", dtype=dtype))
 torch.cuda.synchronize()

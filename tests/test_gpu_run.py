@@ -33,7 +33,8 @@ def test_dry_run_measures_every_kind_of_case(tmp_path):
     assert found["left_out"] == 0
     assert found["host"]
     transforms = json.loads((tmp_path / "gpu_transforms.json").read_text())
-    assert {row["dtype"] for row in transforms["wht"]} == {"bfloat16", "float32"}
+    for function in ("wht", "dct", "idct", "dht", "haar", "ihaar"):
+        assert {row["dtype"] for row in transforms[function]} == {"bfloat16", "float32"}
     layers = json.loads((tmp_path / "gpu_lora_linear.json").read_text())
     assert {step["kind"] for step in layers["steps"]} == {"LoRA", "LoRA, dropout", "DoRA", "DoRA, dropout"}
     for step in layers["steps"]:

@@ -17,7 +17,7 @@ from snapshot import Snapshot
 
 from lora_kernels import select
 
-FAMILIES = ("low_rank", "lora_linear", "quantized")
+FAMILIES = ("low_rank", "lora_linear", "quantized", "transforms", "spectral")
 COMPILER = f"Triton {triton.__version__}"
 
 
