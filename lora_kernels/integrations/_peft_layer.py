@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from ..ops._dispatch import forced_backend
+from ..ops._dispatch import Op, forced_backend
 from ..ops._low_rank import lora_add_
 from ..select import choose
 from ._peft_batch import NAMES
@@ -83,6 +83,6 @@ def _warn_once(refusal: str) -> None:
     logger.warning("a patched layer ran PEFT's own forward, which took what the kernels refused: %s", refusal)
 
 
-def _forced_in_vain(x: Any) -> bool:
+def _forced_in_vain(x: Any, op: Op = lora_add_) -> bool:
     forced = forced_backend()
-    return forced is not None and choose(x.device.type, lora_add_.backends(), forced).backend is None
+    return forced is not None and choose(x.device.type, op.backends(), forced).backend is None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 
 from ..ops import _check
-from ..ops._dispatch import extension_error, forced_backend
+from ..ops._dispatch import Op, extension_error, forced_backend
 from ..ops._low_rank import lora_add_
 from ..select import choose
 from ._peft_packed import kind_of, packed_reason
@@ -190,8 +190,8 @@ def _call_reason(
     return _backend_reason(device.type)
 
 
-def _backend_reason(device: str) -> str | None:
-    choice = choose(device, lora_add_.backends(), forced_backend())
+def _backend_reason(device: str, op: Op = lora_add_) -> str | None:
+    choice = choose(device, op.backends(), forced_backend())
     if choice.backend == "reference" and forced_backend() is None:
         return choice.reason if device != "cpu" else f"{choice.reason} ({extension_error})"
     return None

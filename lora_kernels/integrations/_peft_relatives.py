@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops.lora_linear import _folded
+from ..ops.structured import householder_factors
 from ._peft_batch import plain_tensors
 from ._peft_reason import _altered
 
@@ -37,7 +38,7 @@ class Relative(NamedTuple):
         formula: what it adds to the base layer's output, for people.
         module, cls: where PEFT has the class; older versions lack some.
         adapters: the attribute whose keys are the adapters.
-        dropout: the attribute with the adapters' dropouts.
+        dropout: the attribute with the adapters' dropouts, "" where it has none.
         parts: of a layer and an adapter, or why PEFT's own forward must run.
     """
 
@@ -129,6 +130,15 @@ def _miss(layer: Any, name: str) -> Parts | str:
     return Parts({"miss_block": block}, block.shape[0], factors)
 
 
+def _hra(layer: Any, name: str) -> Parts | str:
+    U, weight = layer.hra_u[name], layer.base_layer.weight
+    if layer.hra_apply_GS[name]:
+        return "apply_GS makes its vectors orthogonal one after the other"
+    if type(layer.base_layer) is not torch.nn.Linear:
+        return f"its base is a {type(layer.base_layer).__qualname__}"
+    return Parts({"hra_u": U}, U.shape[1], lambda: (*householder_factors(weight, U), 1.0))
+
+
 @functools.cache  # a captured graph may read it
 def _groups(R: int, K: int, device: torch.device) -> Tensor:
     """fp32 [R, K], the identity again and again: x Aᵀ are the sums over the groups of R columns of x."""
@@ -143,19 +153,20 @@ RELATIVES = (
     Relative("DeLoRA", "λ/r · B (A (w∘x) / ‖A‖‖B‖)", "delora", "DeloraLinear", "delora_A", "delora_dropout", _delora),
     Relative("TinyLoRA", "B (Σᵢ vᵢ Pᵢ) A x", "tinylora", "Linear", "tinylora_A", "tinylora_dropout", _tinylora),
     Relative("PSOFT", "s · B (R - I) A x", "psoft", "Linear", "psoft_R", "psoft_dropout", _psoft),
+    Relative("HRA", "W (∏ᵢ (I - 2 ûᵢûᵢᵀ) - I) x", "hra", "HRALinear", "hra_u", "", _hra),
     Relative("MiSS", "Bᵀ (Σ of x's groups of r)", "miss", "MissLinear", "miss_block", "miss_dropout", _miss),
 )
 
 
-def peft_class(relative: Relative) -> type | None:
-    """PEFT's layer class, None where this version has none."""
+def peft_class(module: str, cls: str) -> type | None:
+    """A layer class of PEFT's, None where this version has none."""
     try:
-        return getattr(importlib.import_module(f"peft.tuners.{relative.module}.layer"), relative.cls, None)
+        return getattr(importlib.import_module(f"peft.tuners.{module}.layer"), cls, None)
     except ImportError:
         return None
 
 
-CLASSES = {cls: relative for relative in RELATIVES if (cls := peft_class(relative)) is not None}
+CLASSES = {cls: relative for relative in RELATIVES if (cls := peft_class(relative.module, relative.cls)) is not None}
 
 
 def relative_of(cls: type) -> Relative | None:

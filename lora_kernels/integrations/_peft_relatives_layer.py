@@ -19,6 +19,7 @@ from ._peft_relatives import CLASSES, Parts, relative_of
 from ._peft_state import unusual
 
 SEVERAL = "several active adapters"
+_NO_DROPOUT = Identity()
 
 
 class FusedRelativeMixin:
@@ -120,7 +121,7 @@ def _look(layer: Any, x: Tensor | None) -> tuple[Parts, float] | str:
     if (reason := _call_reason(layer, x)) is not None:
         return reason
     name, p = active[0], 0.0
-    dropout = getattr(layer, relative.dropout)[name]
+    dropout = getattr(layer, relative.dropout)[name] if relative.dropout else _NO_DROPOUT
     if type(dropout) not in (Identity, Dropout):
         return f"adapter {name!r}: dropout is {_name(type(dropout))}"
     if _altered(dropout.__dict__):

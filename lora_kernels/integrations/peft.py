@@ -33,6 +33,11 @@ from ._peft_packed import restore
 from ._peft_reason import BASE_ONLY, beside_reason, class_reason, slow_reason
 from ._peft_relatives import CLASSES, relative_of
 from ._peft_relatives_layer import FIXED, FusedRelativeMixin, class_refusal, relative_reason
+from ._peft_spectral import CLASSES as SPECTRAL
+from ._peft_spectral import tuner_of
+from ._peft_spectral_layer import FIXED as FIXED_SPECTRAL
+from ._peft_spectral_layer import FusedSpectralMixin, spectral_reason
+from ._peft_spectral_layer import class_refusal as spectral_refusal
 from ._peft_state import forget
 
 logger = logging.getLogger("lora_kernels")
@@ -49,7 +54,7 @@ def patch(model: Module, *, strict: bool = False) -> Handle:
 
     Args:
         model: a model with PEFT adapters (``PeftModel``, or any module that holds ``peft``'s layers): LoRA's, and those
-            of the tuners that are LoRA with another core or scale.
+            of the tuners that are LoRA with another core or scale, or a sparse spectrum.
         strict: raise unless every layer would run fast now.
 
     Returns:
@@ -86,6 +91,8 @@ def _adapter_layers(model: Module) -> dict[str, BaseTunerLayer]:
 def _can_be_fast(cls: type) -> bool:
     if relative_of(cls) is not None:
         return class_refusal(cls) is None
+    if tuner_of(cls) is not None:
+        return spectral_refusal(cls) is None
     if issubclass(cls, LoraModel):
         return not issubclass(cls, AdaLoraModel)  # which has no mixed batches
     return issubclass(cls, LoraLayer) and class_reason(cls) is None
@@ -95,11 +102,13 @@ def _reason(layer: BaseTunerLayer) -> str | None:
     """Why a layer would run PEFT's own forward now; None where it would run fast."""
     if isinstance(layer, LoraLayer) and relative_of(type(layer)) is None:
         return slow_reason(layer)
+    if tuner_of(type(layer)) is not None:
+        return spectral_reason(layer)
     return relative_reason(layer)
 
 
-_MIXINS = (FusedMixin, FusedModelMixin, FusedRelativeMixin)
-_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel, **FIXED}  # importable, so that pickle finds them
+_MIXINS = (FusedMixin, FusedModelMixin, FusedRelativeMixin, FusedSpectralMixin)
+_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel, **FIXED, **FIXED_SPECTRAL}  # so that pickle finds them
 
 
 #: What PEFT's layers over quantised ones become, and where PEFT has these: imported only where a model has them.
@@ -124,6 +133,8 @@ def _fused(cls: type) -> type:
     mixin: type = FusedMixin if relative_of(cls) is None else FusedRelativeMixin
     if issubclass(cls, LoraModel):
         mixin = FusedModelMixin
+    elif tuner_of(cls) is not None:
+        mixin = FusedSpectralMixin
     if issubclass(cls, mixin):
         return cls
     name = f"Fused{cls.__name__}"
@@ -144,7 +155,8 @@ def _unfused(cls: type) -> type:
 
 def tuners() -> list[tuple[str, str, str]]:
     """The tuners beside LoRA whose layers can run fast here: PEFT's module, the name, and what it adds to y."""
-    return [(tuner.module, tuner.tuner, tuner.formula) for tuner in CLASSES.values()]
+    known: list[Any] = [*CLASSES.values(), *SPECTRAL.values()]
+    return [(tuner.module, tuner.tuner, tuner.formula) for tuner in known]
 
 
 class Handle:
@@ -160,7 +172,8 @@ class Handle:
             reason = _reason(layer)
             if reason is None and not isinstance(layer, _MIXINS):
                 reason = UNPATCHED
-            if reason is None and (base := beside_reason(layer)) is not None:
+            beside = reason is None and not isinstance(layer, FusedSpectralMixin)  # whose base always is
+            if beside and (base := beside_reason(layer)) is not None:
                 reason = f"{FAST} {BESIDE}: {base}"
             layers[name] = reason or FAST
             classes[name] = type(layer).__name__

@@ -11,7 +11,7 @@ def calls(monkeypatch):
 
 def count(monkeypatch):
     """The counts, until the patching is undone."""
-    from lora_kernels.integrations import _peft_layer, _peft_relatives_layer
+    from lora_kernels.integrations import _peft_layer, _peft_relatives_layer, _peft_spectral_layer
 
     counts = Calls()
     inner, repeat, relative = _peft_layer._forward, _peft_layer.repeat, _peft_relatives_layer._forward
@@ -37,6 +37,7 @@ def count(monkeypatch):
     monkeypatch.setattr(_peft_layer, "_forward", counting(inner))
     monkeypatch.setattr(_peft_layer, "repeat", repeated)
     monkeypatch.setattr(_peft_relatives_layer, "_forward", counting(relative))
+    monkeypatch.setattr(_peft_spectral_layer, "_forward", counting(_peft_spectral_layer._forward))
     return counts
 
 

@@ -1,6 +1,7 @@
 """Small models with PEFT's tuners that are LoRA with another core or scale."""
 
 import peft
+import pytest
 import torch
 from nets import Net
 from peft import get_peft_model
@@ -16,12 +17,17 @@ KINDS = {
     "tinylora": ("TinyLoraConfig", "r", "tinylora_dropout", {"u": 6}),
     "psoft": ("PsoftConfig", "r", "psoft_dropout", {"psoft_alpha": 6, "init_weights": False}),
     "miss": ("MissConfig", "r", "miss_dropout", {}),
+    "hra": ("HRAConfig", "r", None, {"init_weights": False}),
 }
 
 
 def config(kind, dropout=0.0, r=R, targets=TARGETS, **kwargs):
     cls, rank, dropped, own = KINDS[kind]
-    return getattr(peft, cls)(target_modules=list(targets), **{rank: r, dropped: dropout, **own, **kwargs})
+    if dropped is not None:
+        own = {dropped: dropout, **own}
+    elif dropout:
+        pytest.skip(f"PEFT's {kind} has no dropout")
+    return getattr(peft, cls)(target_modules=list(targets), **{rank: r, **own, **kwargs})
 
 
 def stir(model):

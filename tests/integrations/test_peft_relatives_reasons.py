@@ -46,6 +46,8 @@ def test_change_of_a_layer(calls, kind, change):
     """The other layer stays fast, and so does this one before."""
     if (kind, change) == ("adalora", "backward hook on base"):
         pytest.skip("PEFT's in-place sum refuses it")
+    if DROPOUTS[kind] is None and change.endswith("dropout"):
+        pytest.skip("it has none")
     pair = Pair(net(kind))
     x = torch.randn(5, K)
     pair.same(calls, lambda m: trained(m, x))
@@ -96,7 +98,7 @@ def test_float64(calls, kind):
 @EACH
 def test_bad_input_raises_what_peft_raises(calls, kind):
     pair = Pair(net(kind))
-    for x in (torch.randn(4, K + 1), torch.randint(9, (4, K))):
+    for x in (torch.randn(4, K + 1), torch.randint(9, (4, K)))[: 1 if kind == "hra" else 2]:  # which casts integers
         with pytest.raises(RuntimeError) as expected:
             pair.twin(x)
         with pytest.raises(RuntimeError) as actual:
@@ -106,6 +108,8 @@ def test_bad_input_raises_what_peft_raises(calls, kind):
 
 @EACH
 def test_arguments_beyond_x_reach_peft(calls, kind):
+    if kind == "hra":
+        pytest.skip("PEFT's takes arguments of any name, and leaves them")
     pair = Pair(net(kind))
     for m in pair:
         with pytest.raises(TypeError, match="unexpected keyword argument 'offset'"):
