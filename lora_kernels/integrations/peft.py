@@ -12,8 +12,9 @@ import importlib
 import logging
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import Module
@@ -33,6 +34,10 @@ from ._peft_packed import restore
 from ._peft_reason import BASE_ONLY, beside_reason, class_reason, slow_reason
 from ._peft_relatives import CLASSES, relative_of
 from ._peft_relatives_layer import FIXED, FusedRelativeMixin, class_refusal, relative_reason
+from ._peft_rotation import CLASSES as ROTATIONS
+from ._peft_rotation import FIXED as FIXED_ROTATIONS
+from ._peft_rotation import FusedRotationMixin, rotation_of, rotation_reason
+from ._peft_rotation import class_refusal as rotation_refusal
 from ._peft_spectral import CLASSES as SPECTRAL
 from ._peft_spectral import tuner_of
 from ._peft_spectral_layer import FIXED as FIXED_SPECTRAL
@@ -54,7 +59,7 @@ def patch(model: Module, *, strict: bool = False) -> Handle:
 
     Args:
         model: a model with PEFT adapters (``PeftModel``, or any module that holds ``peft``'s layers): LoRA's, and those
-            of the tuners that are LoRA with another core or scale, or a sparse spectrum.
+            of the tuners that are LoRA with another core or scale, a sparse spectrum, or a rotation of blocks.
         strict: raise unless every layer would run fast now.
 
     Returns:
@@ -88,11 +93,29 @@ def _adapter_layers(model: Module) -> dict[str, BaseTunerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+class Way(NamedTuple):
+    """How layers of some tuners beside LoRA become fast: whose classes, what may speak against it, and their mixin."""
+
+    known: Callable[[type], Any]
+    refusal: Callable[[type], str | None]
+    reason: Callable[[Any], str | None]
+    mixin: type
+
+
+_WAYS = (
+    Way(relative_of, class_refusal, relative_reason, FusedRelativeMixin),
+    Way(tuner_of, spectral_refusal, spectral_reason, FusedSpectralMixin),
+    Way(rotation_of, rotation_refusal, rotation_reason, FusedRotationMixin),
+)
+
+
+def _way_of(cls: type) -> Way | None:
+    return next((way for way in _WAYS if way.known(cls) is not None), None)
+
+
 def _can_be_fast(cls: type) -> bool:
-    if relative_of(cls) is not None:
-        return class_refusal(cls) is None
-    if tuner_of(cls) is not None:
-        return spectral_refusal(cls) is None
+    if (way := _way_of(cls)) is not None:
+        return way.refusal(cls) is None
     if issubclass(cls, LoraModel):
         return not issubclass(cls, AdaLoraModel)  # which has no mixed batches
     return issubclass(cls, LoraLayer) and class_reason(cls) is None
@@ -100,15 +123,14 @@ def _can_be_fast(cls: type) -> bool:
 
 def _reason(layer: BaseTunerLayer) -> str | None:
     """Why a layer would run PEFT's own forward now; None where it would run fast."""
-    if isinstance(layer, LoraLayer) and relative_of(type(layer)) is None:
-        return slow_reason(layer)
-    if tuner_of(type(layer)) is not None:
-        return spectral_reason(layer)
-    return relative_reason(layer)
+    if (way := _way_of(type(layer))) is not None:
+        return way.reason(layer)
+    return slow_reason(layer) if isinstance(layer, LoraLayer) else relative_reason(layer)
 
 
-_MIXINS = (FusedMixin, FusedModelMixin, FusedRelativeMixin, FusedSpectralMixin)
-_FIXED = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel, **FIXED, **FIXED_SPECTRAL}  # so that pickle finds them
+_MIXINS = (FusedMixin, FusedModelMixin, *(way.mixin for way in _WAYS))
+_FIXED: dict[Any, type] = {PeftLinear: FusedLinear, LoraModel: FusedLoraModel}
+_FIXED |= {**FIXED, **FIXED_SPECTRAL, **FIXED_ROTATIONS}  # importable, so that pickle finds them
 
 
 #: What PEFT's layers over quantised ones become, and where PEFT has these: imported only where a model has them.
@@ -130,11 +152,10 @@ def __getattr__(name: str) -> Any:
 @functools.cache
 def _fused(cls: type) -> type:
     """The class over ``cls`` that runs fast."""
-    mixin: type = FusedMixin if relative_of(cls) is None else FusedRelativeMixin
+    way = _way_of(cls)
+    mixin: type = FusedMixin if way is None else way.mixin
     if issubclass(cls, LoraModel):
         mixin = FusedModelMixin
-    elif tuner_of(cls) is not None:
-        mixin = FusedSpectralMixin
     if issubclass(cls, mixin):
         return cls
     name = f"Fused{cls.__name__}"
@@ -155,7 +176,7 @@ def _unfused(cls: type) -> type:
 
 def tuners() -> list[tuple[str, str, str]]:
     """The tuners beside LoRA whose layers can run fast here: PEFT's module, the name, and what it adds to y."""
-    known: list[Any] = [*CLASSES.values(), *SPECTRAL.values()]
+    known: list[Any] = [*CLASSES.values(), *SPECTRAL.values(), *ROTATIONS.values()]
     return [(tuner.module, tuner.tuner, tuner.formula) for tuner in known]
 
 
@@ -172,7 +193,7 @@ class Handle:
             reason = _reason(layer)
             if reason is None and not isinstance(layer, _MIXINS):
                 reason = UNPATCHED
-            beside = reason is None and not isinstance(layer, FusedSpectralMixin)  # whose base always is
+            beside = reason is None and not isinstance(layer, (FusedSpectralMixin, FusedRotationMixin))  # whose base is
             if beside and (base := beside_reason(layer)) is not None:
                 reason = f"{FAST} {BESIDE}: {base}"
             layers[name] = reason or FAST
