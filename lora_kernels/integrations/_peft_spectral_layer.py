@@ -15,7 +15,6 @@ from ..ops import _check
 from ..ops._dispatch import extension_error, forced_backend
 from ..ops._spectral import spectral_linear as linear_op
 from ..ops.spectral import spectral_delta_weight, spectral_linear
-from ..select import spectral_route
 from ._peft_layer import _forced_in_vain, _warn_once
 from ._peft_reason import DISABLED, INACTIVE, MERGED, _backend_reason, _name, _short
 from ._peft_relatives_layer import unknown
@@ -106,11 +105,8 @@ def _forward(layer: Any, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tens
 
 
 def _added(y: Tensor, x: Tensor, spectrum: Spectrum) -> Tensor:
-    """y + x ΔWᵀ, in one go where y is what the kernels take and ΔW is not worth making."""
+    """y + x ΔWᵀ, in one go where y is what the kernels take."""
     values, plan, kind, scale = spectrum
-    if spectral_route(x.shape[:-1].numel(), plan.n, plan.shape, kind, x.device.type) == "weight":
-        weight = spectral_delta_weight(values, plan, kind=kind, scale=scale)
-        return y + torch.nn.functional.linear(x.to(weight.dtype), weight)  # not rounded to x's dtype, as PEFT's is not
     if type(y) is Tensor and y.dtype in (x.dtype, torch.float32):
         return spectral_linear(x, values, plan, kind=kind, scale=scale, y=y)
     return y + spectral_linear(x, values, plan, kind=kind, scale=scale)

@@ -1,19 +1,51 @@
-"""What spectral layers over a base of either kind share: the frozen base, and values in float32 or another dtype."""
+"""What spectral layers share, and those among them whose base is a linear layer or a packed weight."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.spectral import Kind, spectral_delta_weight, spectral_linear
 from ..quantization import QuantizedWeight
-from ..spectral_plan import SpectralPlan
 from .low_rank import _frozen
 from .quantized import QuantizedLinear
 
 
-class SpectrumOver(nn.Module):
-    """y = base(x) + x ΔWᵀ with ΔW = scale · K(S), the base frozen and S's values trained, from zero on.
+class SpectralLayer(nn.Module):
+    """y = base(x) + x ΔWᵀ with ΔW = scale · K(S), the base frozen and S's values trained.
+
+    A layer adds its base as :meth:`_based`, :attr:`shape`, the places as :attr:`plan`, and the dtype of ΔW.
+    """
+
+    values: Tensor
+    kind: Kind
+    scale: float
+    shape: Any
+    plan: Any
+    weight_dtype: Any
+
+    def _based(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} has no base")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        y = self._based(x)
+        return spectral_linear(as_result(x, y), self.values, self.plan, kind=self.kind, scale=self.scale, y=y)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW, [N, K] in the dtype of the base's weight."""
+        return spectral_delta_weight(self.values, self.plan, kind=self.kind, scale=self.scale, dtype=self.weight_dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``repr``."""
+        (N, K), n = self.shape, self.values.shape[0]
+        return f"in_features={K}, out_features={N}, n={n}, kind={self.kind}, scale={self.scale:g}"
+
+
+class SpectrumOver(SpectralLayer):
+    """The layer over a base that it holds; values start at zero.
 
     Args:
         base: a linear layer, which is shared and frozen, or a packed weight.
@@ -27,8 +59,6 @@ class SpectrumOver(nn.Module):
         values: [n], a trainable parameter.
         scale: what K(S) is multiplied by; set by the layer.
     """
-
-    scale: float
 
     def __init__(
         self, base: nn.Linear | QuantizedWeight, n: int, kind: Kind, *, bias: Tensor | None, dtype: torch.dtype
@@ -51,24 +81,12 @@ class SpectrumOver(nn.Module):
         return self.base.out_features, self.base.in_features
 
     @property
-    def plan(self) -> SpectralPlan:
-        """Where the values stand."""
-        raise NotImplementedError
+    def weight_dtype(self) -> torch.dtype:
+        """That of the base's weight."""
+        return self.base.weight.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        y = self.base(x)
-        return spectral_linear(as_result(x, y), self.values, self.plan, kind=self.kind, scale=self.scale, y=y)
-
-    def delta_weight(self) -> Tensor:
-        """ΔW, [N, K] in the dtype of the base's weight."""
-        dtype = self.base.weight.dtype
-        return spectral_delta_weight(self.values, self.plan, kind=self.kind, scale=self.scale, dtype=dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes, for ``repr``."""
-        (N, K), n = self.shape, self.values.shape[0]
-        return f"in_features={K}, out_features={N}, n={n}, kind={self.kind}, scale={self.scale:g}"
+    def _based(self, x: Tensor) -> Tensor:
+        return self.base(x)
 
 
 def shape_of(base: nn.Linear | QuantizedWeight) -> tuple[int, int]:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..ops.spectral import Kind, spectral_delta_weight, spectral_linear
+from ..ops.spectral import Kind
 from ..spectral_plan import SpectralPlan
+from ._over import SpectralLayer
 from .low_rank import _frozen
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class OneSpectrum(nn.Module):
-    """y = x Wᵀ + bias + x ΔWᵀ with ΔW = scale · K(S), W frozen and S's values trained: what spectral layers share.
+class OneSpectrum(SpectralLayer):
+    """The layer over the weight and bias of a linear one.
 
     The places of the values are no part of the state dict.
 
@@ -46,20 +47,18 @@ class OneSpectrum(nn.Module):
             self._plan = self._drawn.to(self.values.device)
         return self._plan
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
-        y = nn.functional.linear(x, self.weight, self.bias)
-        return spectral_linear(x, self.values, self.plan, kind=self.kind, scale=self.scale, y=y)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self._drawn.shape
 
-    def delta_weight(self) -> Tensor:
-        """ΔW, [N, K] in the weight's dtype."""
-        return spectral_delta_weight(self.values, self.plan, kind=self.kind, scale=self.scale, dtype=self.weight.dtype)
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """That of the weight."""
+        return self.weight.dtype
 
-    def extra_repr(self) -> str:
-        """Sizes, for ``repr``."""
-        out_features, in_features = self.weight.shape
-        n, scale = self.values.shape[0], self.scale
-        return f"in_features={in_features}, out_features={out_features}, n={n}, kind={self.kind}, scale={scale:g}"
+    def _based(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
 
 
 class FourierFTLinear(OneSpectrum):
