@@ -43,7 +43,6 @@ struct Kind {
   }
   Kind(const Kind&) = delete;
 
-  int64_t vectors() const { return std::max(of_x.vectors(), of_y.vectors()); }
   int64_t scratch() const { return std::max(of_x.scratch(), of_y.scratch()); }
 
 private:
@@ -119,7 +118,7 @@ Tensor spectral_linear(Tensor x_, Tensor values, Tensor by_row, OptionalTensor y
   int lanes = kernels.lanes;
   if (N)
     for_each_task(divide_up(x.rows, lanes), x.rows * (x.columns + N) * 4 >= kWorthThreads, [&](int64_t task) {
-      Room room(kind.vectors(), kind.scratch());
+      Room room(kind.of_x.vectors(), kind.of_y.vectors(), kind.scratch());
       int64_t first = task * lanes;
       int m = int(std::min<int64_t>(lanes, x.rows - first));
       kind.of_x.forward(rows_from(x, first), m, x.columns, room.x, room.scratch);
@@ -157,7 +156,7 @@ void spectral_add_(Tensor y_, Tensor x_, Tensor values_, Tensor by_row, Tensor i
   const TransformKernels& kernels = transform_kernels();
   int lanes = kernels.lanes;
   for_each_task(divide_up(x.rows, lanes), x.rows * (x.columns + N + n) * 4 >= kWorthThreads, [&](int64_t task) {
-    Room room(kind.vectors(), kind.scratch() + n + 1);
+    Room room(kind.of_x.vectors(), kind.of_y.vectors(), kind.scratch() + n + 1);
     int64_t first = task * lanes;
     int m = int(std::min<int64_t>(lanes, x.rows - first));
     float* weights = static_cast<float*>(room.scratch) + kind.scratch() * lanes;
@@ -206,7 +205,7 @@ std::tuple<Tensor, Tensor> spectral_linear_grads(Tensor dy_, Tensor x_, Tensor v
   std::vector<float> sums(needs_dvalues ? tasks * entries.count : 0);
   if (needs_dx || needs_dvalues)
     for_each_task(tasks, rows * (K + N) * 4 >= kWorthThreads, [&](int64_t task) {
-      Room room(kind.vectors(), kind.scratch());
+      Room room(kind.of_x.vectors(), kind.of_y.vectors(), kind.scratch());
       for (int64_t tile = task * each; tile < std::min((task + 1) * each, tiles); ++tile) {
         int64_t first = tile * lanes;
         int m = int(std::min<int64_t>(lanes, rows - first));

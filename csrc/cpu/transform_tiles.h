@@ -14,14 +14,15 @@ struct Room {
   Tile x, y;
   void* scratch;
 
-  // x and y of up to so many vectors each.
-  Room(int64_t vectors, int64_t scratch_vectors) {
+  // For tiles of so many vectors.
+  Room(int64_t of_x, int64_t of_y, int64_t of_scratch) {
     thread_local Buffer buffer;
-    int64_t size = vectors * transform_kernels().lanes;
-    float* data = floats(buffer, 4 * size + scratch_vectors * transform_kernels().lanes);
-    x = {data, data + size};
-    y = {data + 2 * size, data + 3 * size};
-    scratch = data + 4 * size;
+    int64_t lanes = transform_kernels().lanes;
+    float* data = floats(buffer, (2 * of_x + 2 * of_y + of_scratch) * lanes);
+    x = {data, data + of_x * lanes};
+    data += 2 * of_x * lanes;
+    y = {data, data + of_y * lanes};
+    scratch = data + 2 * of_y * lanes;
   }
 };
 

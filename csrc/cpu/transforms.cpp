@@ -19,7 +19,7 @@ Tensor by_tiles(const Tensor& x_, bool transpose, const Transform& transform) {
   Matrix y(out_view);
   int lanes = transform_kernels().lanes;
   for_each_task(divide_up(x.rows, lanes), x.rows * x.columns * 8 >= kWorthThreads, [&](int64_t task) {
-    Room room(transform.vectors(), transform.scratch());
+    Room room(transform.vectors(), 0, transform.scratch());
     int64_t first = task * lanes;
     int m = int(std::min<int64_t>(lanes, x.rows - first));
     transform.whole(rows_from(x, first), rows_from(y, first), m, transpose, room.x, room.scratch);
