@@ -29,6 +29,7 @@ _HOME = {
     "quantization.merge": ("merge_requant",),
     "ops.transforms": ("wht", "dct", "idct", "dht", "haar", "ihaar"),
     "ops.spectral": ("spectral_linear", "spectral_delta_weight", "spectral_location_grad", "bgmv_spectral"),
+    "ops.projection": ("dct_topk_project", "dct_backproject"),
     "ops.structured": ("householder_linear", "block_rotate"),
     "spectral_plan": ("SpectralPlan",),
     "ops._dispatch": ("backend",),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         sgmv_expand,
         sgmv_shrink,
     )
+    from .ops.projection import dct_backproject, dct_topk_project
     from .ops.quantized import dequantize, quantized_linear, quantized_lora_linear, quantized_multi_lora_linear
     from .ops.spectral import bgmv_spectral, spectral_delta_weight, spectral_linear, spectral_location_grad
     from .ops.structured import block_rotate, householder_linear
