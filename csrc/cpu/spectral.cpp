@@ -79,7 +79,7 @@ struct Entries : Sparse {
   void find_rows() {
     rows_of_entries.resize(count);
     for (int64_t r = 0; r < rows; ++r)
-      std::fill(&rows_of_entries[0] + starts[r], &rows_of_entries[0] + starts[r + 1], int32_t(r));
+      std::fill(rows_of_entries.begin() + starts[r], rows_of_entries.begin() + starts[r + 1], int32_t(r));
     row_of = rows_of_entries.data();
   }
 
@@ -162,7 +162,7 @@ void spectral_add_(Tensor y_, Tensor x_, Tensor values_, Tensor by_row, Tensor i
     float* weights = static_cast<float*>(room.scratch) + kind.scratch() * lanes;
     float* lane_scales = weights + n * lanes;
     std::fill(lane_scales, lane_scales + lanes, 0.0f);
-    std::copy(&scales[first], &scales[first] + m, lane_scales);
+    std::copy(scales.begin() + first, scales.begin() + first + m, lane_scales);
     kernels.load(values.view(0, &rows_of_values[first], 1), m, n, Order{}, weights);
     kernels.scale_lanes(weights, n, lane_scales);
     kind.of_x.forward(rows_from(x, first), m, x.columns, room.x, room.scratch);

@@ -1,6 +1,7 @@
 """Patched BOFT layers against PEFT's own."""
 
 import copy
+import os
 import pickle
 import warnings
 
@@ -15,6 +16,15 @@ from lora_kernels.integrations import _peft_rotation
 from lora_kernels.testing import assert_within_rule
 
 FAST = "fast"
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """PEFT's BOFT leaves CC and CXX as gcc where its CUDA extension does not build, and with them C++ links no more."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
