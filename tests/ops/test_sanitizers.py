@@ -86,7 +86,7 @@ NAMES = (
     "low_rank_forward", "low_rank_backward", "low_rank_bad_input", "plan", "layers", "lora_linear",
     "lora_linear_training", "lora_linear_bad_input", "quantized_forward", "quantized_backward", "quantized_bad_input",
     "transforms_kernels", "trigonometric",
-    "spectral_forward", "spectral_backward", "spectral_bad_input", "spectral_plan",
+    "bgmv_spectral", "spectral_backward", "spectral_bad_input", "spectral_plan",
 )  # fmt: skip
 FILES = [HERE / f"test_{name}.py" for name in NAMES]
 

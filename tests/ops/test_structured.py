@@ -43,7 +43,7 @@ def compare(function, dense, leaves, dy, names):
     for name, r, o, p in zip(names, result, oracle, plain, strict=True):
         if r.dtype != torch.float32:  # the base's product is rounded, and so is its sum with the adapter's part
             p = (p.float() + (r.float() - p.float()).sign() * 0).to(r.dtype)
-        noise = 8 * r.shape[-1] ** 0.5 * 2**-24 * float(o.abs().max())
+        noise = 8 * r.shape[-1] ** 0.5 * 2**-24 * float(o.detach().abs().max())
         if r.dtype == torch.float32:
             assert_within_rule(r.detach(), o.detach(), p.detach(), noise=noise, what=name)
         else:
